@@ -1,0 +1,53 @@
+"""The contract of an engine."""
+
+import abc
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from gradsurgery.engines.layout import Layout
+from gradsurgery.losses import TaskLosses
+
+
+class Measurement(abc.ABC):
+    """What an engine measured of one batch, or of several that were held."""
+
+    @abc.abstractmethod
+    def gramian(self) -> Tensor:
+        """(B, T, T) float64 inner products of the task gradients; 0 in the rows of an absent task."""
+
+    @abc.abstractmethod
+    def write(self, weights: Tensor, head_weights: Tensor | None) -> None:
+        """Accumulates into ``.grad``, as ``loss.backward()`` does.
+
+        Args:
+            weights: (B, T), of the shared parameters.
+            head_weights: (T,), of the task-specific parameters; None leaves their gradients raw.
+        """
+
+
+class Engine(abc.ABC):
+    """A road from losses to `Measurement`. It holds options, and no state of a training run."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def measure(
+        self,
+        losses: TaskLosses,
+        layout: Layout,
+        task_specific: Sequence[Tensor],
+        *,
+        grad_scale: Tensor | None,
+        held: Measurement | None,
+    ) -> Measurement:
+        """Differentiates every present loss, and frees the graph.
+
+        Args:
+            losses: the batch.
+            layout: the shared parameters and their blocks.
+            task_specific: the other parameters that losses may reach.
+            grad_scale: () factor on every gradient (an AMP scale), or None.
+            held: an earlier measurement of the same optimizer step, to which this one is added.
+        """

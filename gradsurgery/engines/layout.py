@@ -1,0 +1,77 @@
+"""Where each shared parameter lies in a flat row of gradients."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+# Elements. Every parameter starts on a boundary that vectorised kernels like; the gaps stay zero.
+ALIGNMENT = 32
+
+
+class Layout:
+    """Shared parameters side by side, block after block, in a row of d elements.
+
+    Attributes:
+        params: the P parameters, ordered by block.
+        bounds: B + 1 ends of the blocks, in elements.
+        dtype: of a row: the widest among the parameters.
+        device: of all of them.
+    """
+
+    def __init__(self, blocks: Sequence[Sequence[Tensor]]):
+        self.params = [p for block in blocks for p in block]
+        self.dtype = _common_dtype(self.params)
+        self.device = _common_device(self.params)
+        self.bounds = [0]
+        self._places: list[tuple[torch.Size, tuple[int, ...], int]] = []
+        offset = 0
+        for block in blocks:
+            for p in block:
+                self._places.append((p.shape, _strides(p), offset))
+                offset += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+            self.bounds.append(offset)
+        self._rows: Tensor | None = None
+        self._row_views: list[list[Tensor]] = []
+
+    def rows(self, T: int) -> Tensor:
+        """A (T, d) matrix kept from step to step; its gaps are zero and its rows hold what was last written."""
+        if self._rows is None or len(self._rows) != T:
+            self._rows = torch.zeros(T, self.bounds[-1], dtype=self.dtype, device=self.device)
+            self._row_views = [self.views(row) for row in self._rows]
+        return self._rows
+
+    def row_views(self, T: int) -> list[list[Tensor]]:
+        """The T x P pieces of `rows`, made once."""
+        self.rows(T)
+        return self._row_views
+
+    def views(self, row: Tensor) -> list[Tensor]:
+        """The P pieces of a row (d,), each in its parameter's shape and memory order."""
+        start = row.storage_offset()
+        return [row.as_strided(shape, stride, start + offset) for shape, stride, offset in self._places]
+
+
+def _strides(p: Tensor) -> tuple[int, ...]:
+    """A gradient in its parameter's memory order (where that is dense) is what optimizers run fastest on."""
+    return torch.empty_like(p, device="meta").stride()
+
+
+def _common_dtype(params: Iterable[Tensor]) -> torch.dtype:
+    dtypes = {p.dtype for p in params}
+    if any(dtype.is_complex for dtype in dtypes):
+        raise ValueError("Shared parameters are complex; surgery is defined on real gradients: keep them out of it.")
+    common = dtypes.pop()
+    for dtype in dtypes:
+        common = torch.promote_types(common, dtype)
+    return common
+
+
+def _common_device(params: Iterable[Tensor]) -> torch.device:
+    devices = {p.device for p in params}
+    if len(devices) > 1:
+        raise ValueError(
+            f"Shared parameters sit on several devices ({', '.join(sorted(map(str, devices)))}); their gradients must "
+            "meet on one: move them, or pass as shared_params those of one device."
+        )
+    return devices.pop()

@@ -1,0 +1,69 @@
+"""The mathematics alone: `aggregate` on a matrix, and each method as a function, batched over leading axes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from gradsurgery import kernels
+from gradsurgery.methods.cagrad import cagrad
+from gradsurgery.methods.famo import famo
+from gradsurgery.methods.mgda import mgda
+from gradsurgery.methods.nash_mtl import nash_mtl
+from gradsurgery.methods.pcgrad import pcgrad
+from gradsurgery.methods.upgrad import upgrad
+from gradsurgery.registry import build_method
+from gradsurgery.stats import Needs, Stats
+
+__all__ = ["aggregate", "cagrad", "famo", "mgda", "nash_mtl", "pcgrad", "upgrad"]
+
+
+def aggregate(
+    jacobian: Tensor,
+    method: str = "upgrad",
+    *,
+    losses: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
+    generator: Generator | None = None,
+    **hparams: Any,
+) -> Tensor:
+    """A whole method on a matrix: no model, no optimizer, and for a stateful method its first step.
+
+    Args:
+        jacobian: (T, d), one task's gradient a row.
+        method: a registered name.
+        losses: (T,), for the methods that read them; ones if None.
+        blocks: sizes of consecutive column blocks, which sum to d; one block if None.
+        generator: source of random numbers; torch's own if None.
+        **hparams: the method's hyperparameters.
+
+    Returns:
+        (d,), the direction that takes the place of the gradient, in the dtype of ``jacobian``. Differentiable in
+        ``jacobian`` where the method is (`ew`, `famo`, `pcgrad`); backward through a solver raises.
+
+    Raises:
+        ValueError: ``jacobian`` is not a matrix, ``losses`` or ``blocks`` do not fit it, or the method is unknown.
+
+    Example:
+        >>> import torch
+        >>> from gradsurgery import aggregate
+        >>> aggregate(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]), "upgrad")
+        tensor([0.2500, 0.7500])
+    """
+    if jacobian.ndim != 2 or 0 in jacobian.shape:
+        raise ValueError(f"jacobian must be a (T, d) matrix, one gradient a row; got shape {tuple(jacobian.shape)}.")
+    T, d = jacobian.shape
+    if losses is None:
+        losses = jacobian.new_ones(T)
+    if losses.shape != (T,):
+        raise ValueError(f"losses must have shape ({T},), one a row of jacobian; got {tuple(losses.shape)}.")
+    sizes = [d] if blocks is None else list(blocks)
+    if sum(sizes) != d or min(sizes) < 0:
+        raise ValueError(f"blocks must be sizes >= 0 that sum to the {d} columns of jacobian; got {sizes}.")
+    bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    rule = build_method(method, hparams)
+    gramian = kernels.gramian(jacobian, bounds) if Needs.GRAMIAN in rule.needs else None
+    state = rule.init(T, len(sizes), dtype=torch.float64, device=jacobian.device)
+    w, _, _ = rule.weights(Stats(losses.double(), gramian), state, generator)
+    return kernels.combine(w, jacobian, bounds)

@@ -1,0 +1,123 @@
+"""Reading what a loop hands over: a sequence, mapping or vector of losses, some of which may be absent."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+Losses: TypeAlias = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
+Output: TypeAlias = Tensor | GradientEdge
+
+
+@dataclass(frozen=True)
+class TaskLosses:
+    """The losses of one batch.
+
+    Attributes:
+        tasks: names of all T tasks, in the order of their axes.
+        outputs: what to differentiate, a task; None where it is absent.
+        values: (T,) float64, detached; NaN where a task is absent.
+    """
+
+    tasks: tuple[str, ...]
+    outputs: tuple[Output | None, ...]
+    values: Tensor
+
+    @property
+    def present(self) -> list[int]:
+        """Positions of the tasks in this batch."""
+        return [t for t, output in enumerate(self.outputs) if output is not None]
+
+
+def read_losses(losses: Losses, tasks: tuple[str, ...] | None) -> TaskLosses:
+    """Checks losses and lines them up with the tasks known so far.
+
+    Args:
+        losses: T scalars: a sequence or mapping (None, or a missing key, for an absent task), or a vector (T,).
+        tasks: names from an earlier batch, or None at the first.
+
+    Raises:
+        TypeError: not one of those forms, or an entry is no tensor.
+        ValueError: no losses, a loss that is not scalar, not floating, without a graph or on another device, or tasks
+            other than those known.
+    """
+    if isinstance(losses, Tensor):
+        given = _from_vector(losses)
+    elif isinstance(losses, Mapping):
+        given = {str(name): _check(str(name), loss) for name, loss in losses.items()}
+    elif isinstance(losses, Sequence) and not isinstance(losses, str):
+        given = {str(t): _check(str(t), loss) for t, loss in enumerate(losses)}
+    else:
+        raise TypeError(f"losses must be a sequence, a mapping or a 1-D tensor of losses; got {type(losses).__name__}.")
+    if not given:
+        raise ValueError("No losses: pass one scalar loss a task.")
+    known = tuple(given) if tasks is None else _match(given, tasks, by_name=isinstance(losses, Mapping))
+    outputs = tuple(given.get(name) for name in known)
+    _check_devices(known, outputs)
+    values = losses.detach().double() if isinstance(losses, Tensor) else _values(outputs)
+    return TaskLosses(known, outputs, values)
+
+
+def _from_vector(losses: Tensor) -> dict[str, Output]:
+    """A vector's entries. What `torch.stack` joined is taken apart again, since a gradient that passes through the
+    joint sends zeros down every other task's head (and 0 * inf = NaN with them)."""
+    if losses.ndim != 1:
+        raise ValueError(
+            f"losses is one tensor of shape {tuple(losses.shape)}; surgery needs a loss a task: pass a list or dict of "
+            "scalar losses, or a 1-D tensor."
+        )
+    checked = {str(t): _check(f"{t}", loss) for t, loss in enumerate(losses.unbind())}
+    node = losses.grad_fn
+    if node is None or node.name() != "StackBackward0":
+        return checked  # pyright: ignore[reportReturnType]
+    edges = [GradientEdge(parent, nr) for parent, nr in node.next_functions if parent is not None]
+    if len(edges) != len(losses) or any(edge.node.name() == "struct torch::autograd::AccumulateGrad" for edge in edges):
+        return checked  # pyright: ignore[reportReturnType]
+    return dict(zip(checked, edges, strict=True))
+
+
+def _check(name: str, loss: Tensor | None) -> Tensor | None:
+    if loss is None:
+        return None
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"The loss of task {name!r} is a {type(loss).__name__}; pass the tensor, with its graph.")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"The loss of task {name!r} has shape {tuple(loss.shape)}; reduce it to a scalar, e.g. by .mean()."
+        )
+    if not loss.is_floating_point():
+        raise ValueError(f"The loss of task {name!r} has dtype {loss.dtype}; a loss must be a real floating number.")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"The loss of task {name!r} has no graph (requires_grad is False): it was detached, computed under "
+            "torch.no_grad(), or depends on no parameter. Pass None if the task is absent from this batch."
+        )
+    return loss
+
+
+def _match(given: Mapping[str, Output | None], tasks: tuple[str, ...], *, by_name: bool) -> tuple[str, ...]:
+    unknown = [name for name in given if name not in tasks]
+    if unknown or (not by_name and len(given) != len(tasks)):
+        raise ValueError(
+            f"The tasks of this optimizer are {list(tasks)}, as its first losses (or its checkpoint) named them; now "
+            f"it got {list(given)}. Pass None for a task that is absent, or make a new MTLOptimizer for other tasks."
+        )
+    return tasks
+
+
+def _check_devices(tasks: tuple[str, ...], outputs: tuple[Output | None, ...]) -> None:
+    devices = {name: o.device for name, o in zip(tasks, outputs, strict=True) if isinstance(o, Tensor)}
+    if all(output is None for output in outputs):
+        raise ValueError(f"Every task ({', '.join(tasks)}) is absent from this batch; skip the step instead.")
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name!r} on {device}" for name, device in devices.items())
+        raise ValueError(f"The losses sit on different devices ({where}); move them to one with .to(device).")
+
+
+def _values(outputs: tuple[Output | None, ...]) -> Tensor:
+    tensors = [o for o in outputs if isinstance(o, Tensor)]
+    absent = torch.full((), torch.nan, dtype=torch.float64, device=tensors[0].device)
+    return torch.stack([o.detach().double().reshape(()) if isinstance(o, Tensor) else absent for o in outputs])

@@ -1,0 +1,107 @@
+"""FAMO: Fast Adaptive Multitask Optimization.
+
+Liu, Feng, Stone, Liu. NeurIPS 2023. https://arxiv.org/abs/2306.03792, algorithm 1 and eq. 7-9.
+
+Deviation: the rule compares the losses before and after a step on the same batch, which costs a forward.
+`MTLOptimizer.observe` gives it those; without it the next batch's losses stand in, at no cost. The epsilon of the
+authors' code (1e-8, inside the logarithm) is kept.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor, device, dtype
+
+from gradsurgery.methods.preference import Preference
+from gradsurgery.registry import ObservingMethod, State, register
+from gradsurgery.stats import Needs, Stats
+
+EPS = 1e-8
+BETAS = (0.9, 0.999)
+
+
+def famo(losses: Tensor, logits: Tensor, *, min_losses: Tensor | float = 0.0) -> Tensor:
+    """Weights that balance the rates at which the log-losses fall.
+
+    Args:
+        losses: (..., T), greater than ``min_losses``.
+        logits: (..., T), the learned logits; zeros at the start.
+        min_losses: (T,) or number, lower bounds b of the losses.
+
+    Returns:
+        w (..., T), on the simplex: proportional to softmax(logits) / (losses - b).
+
+    Source: Liu et al., NeurIPS 2023, eq. 9.
+
+    Example:
+        >>> import torch
+        >>> from gradsurgery.functional import famo
+        >>> famo(torch.tensor([1.0, 3.0]), torch.zeros(2))
+        tensor([0.7500, 0.2500])
+    """
+    rate = logits.softmax(dim=-1) / (losses - min_losses + EPS)
+    return rate / rate.sum(dim=-1, keepdim=True)
+
+
+@register(
+    "famo",
+    paper="FAMO: Fast Adaptive Multitask Optimization, https://arxiv.org/abs/2306.03792",
+    venue="NeurIPS 2023",
+    heads="weighted",
+    guarantees=frozenset({"simplex", "nonnegative", "linear_under_scaling", "homogeneous"}),
+)
+@dataclass(frozen=True)
+class FAMO(ObservingMethod):
+    """Weights from losses alone, learned so that all log-losses fall alike.
+
+    Args:
+        lr: step size of the logits' Adam.
+        weight_decay: its L2 decay (gamma). Authors: 1e-3; 0.01 on Cityscapes.
+        min_losses: T lower bounds of the losses; 0 if None.
+    """
+
+    needs: ClassVar[Needs] = Needs.LOSSES
+    lr: float = 0.025
+    weight_decay: float = 1e-3
+    min_losses: Preference = None
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be positive and finite; got {self.lr}.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be >= 0; got {self.weight_decay}.")
+
+    def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:
+        bounds = self.min_losses or (0.0,) * T
+        if len(bounds) != T:
+            raise ValueError(f"min_losses has {len(bounds)} entries for {T} tasks; give one number a task.")
+        zeros = {
+            name: torch.zeros(T, dtype=dtype, device=device)
+            for name in ("logits", "log_before", "pending", "exp_avg", "exp_avg_sq", "steps")
+        }
+        return {**zeros, "min_losses": torch.tensor(bounds, dtype=dtype, device=device)}
+
+    def weights(
+        self, stats: Stats, state: State, generator: Generator | None
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        state = self.observe(stats.losses, state)
+        w = famo(stats.losses, state["logits"], min_losses=state["min_losses"])
+        before = (stats.losses - state["min_losses"] + EPS).log()
+        return w.unsqueeze(0), {**state, "log_before": before, "pending": torch.ones_like(before)}, {}
+
+    def observe(self, losses: Tensor, state: State) -> State:
+        """One Adam step of the logits along the softmax's Jacobian, for the tasks whose outcome is still pending."""
+        pending = state["pending"] > 0
+        fall = torch.where(pending, state["log_before"] - (losses - state["min_losses"] + EPS).log(), 0.0)
+        z = state["logits"].softmax(dim=-1)
+        gradient = z * (fall - (z * fall).sum()) + self.weight_decay * state["logits"]
+        steps = state["steps"] + 1
+        exp_avg = BETAS[0] * state["exp_avg"] + (1 - BETAS[0]) * gradient
+        exp_avg_sq = BETAS[1] * state["exp_avg_sq"] + (1 - BETAS[1]) * gradient**2
+        denominator = (exp_avg_sq / (1 - BETAS[1] ** steps)).sqrt() + EPS
+        logits = state["logits"] - self.lr * exp_avg / (1 - BETAS[0] ** steps) / denominator
+        new = {"logits": logits, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "steps": steps}
+        kept = {name: torch.where(pending, value, state[name]) for name, value in new.items()}
+        return {**state, **kept, "pending": torch.zeros_like(state["pending"])}

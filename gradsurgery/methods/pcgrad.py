@@ -1,0 +1,82 @@
+"""Gradient Surgery for Multi-Task Learning (PCGrad).
+
+Yu, Kumar, Gupta, Levine, Hausman, Finn. NeurIPS 2020. https://arxiv.org/abs/2001.06782, algorithm 1.
+
+Every projection is a change of coefficients, v_i = sum_k C[i, k] g_k, and every inner product is (C G)[i, j], so the
+Gramian is all it needs. The sum of the projected gradients is returned, as in the paper. All blocks share one draw of
+orders.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor, device, dtype
+
+from gradsurgery.registry import Method, State, register
+from gradsurgery.stats import Needs, Stats
+
+
+def pcgrad(G: Tensor, orders: Tensor | None = None, *, generator: Generator | None = None) -> Tensor:
+    """Weights whose direction is the sum of the task gradients, each freed of its conflicts with the others.
+
+    Args:
+        G: (..., T, T) Gramians.
+        orders: (T, T - 1) int64, row i the order in which task i visits the other tasks; drawn uniformly if None.
+        generator: source of the draw.
+
+    Returns:
+        w (..., T). Not on the simplex: they sum to T where nothing conflicts.
+
+    Source: Yu et al., NeurIPS 2020, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from gradsurgery.functional import pcgrad
+        >>> pcgrad(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
+        tensor([1.5000, 1.5000])
+    """
+    T = G.shape[-1]
+    if orders is None:
+        orders = draw_orders(T, generator, G.device)
+    tasks = torch.arange(T, device=G.device)
+    coefficients = torch.eye(T, dtype=G.dtype, device=G.device).expand(G.shape).clone()
+    square = G.diagonal(dim1=-2, dim2=-1)
+    for visited in orders.unbind(dim=-1):
+        inner = (coefficients * G[..., visited].mT).sum(dim=-1)
+        against = square[..., visited]
+        step = torch.where(against > 0, inner.clamp(max=0) / against, 0.0)
+        coefficients[..., tasks, visited] -= step
+    return coefficients.sum(dim=-2)
+
+
+def draw_orders(T: int, generator: Generator | None, device: device) -> Tensor:
+    """(T, T - 1) int64: for every task an independent, uniformly random order of the others."""
+    keys = torch.rand(T, T, generator=generator, device=device)
+    # A key above all others sorts the task itself last, where it is cut off.
+    keys = keys + 2 * torch.eye(T, device=device)
+    return keys.argsort(dim=-1)[:, : T - 1]
+
+
+@register(
+    "pcgrad",
+    paper="Gradient Surgery for Multi-Task Learning, https://arxiv.org/abs/2001.06782",
+    venue="NeurIPS 2020",
+    heads="unweighted",
+    guarantees=frozenset({"nonnegative", "linear_under_scaling", "homogeneous"}),
+    randomized=True,
+)
+@dataclass(frozen=True)
+class PCGrad(Method):
+    """Projects each task's gradient off those it conflicts with, in random order, and sums."""
+
+    needs: ClassVar[Needs] = Needs.GRAMIAN
+
+    def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:
+        return {}
+
+    def weights(
+        self, stats: Stats, state: State, generator: Generator | None
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        assert stats.gramian is not None
+        return pcgrad(stats.gramian, generator=generator), state, {}

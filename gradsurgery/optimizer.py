@@ -1,0 +1,461 @@
+"""`MTLOptimizer`: the wrapper that gives any `torch.optim` optimizer gradient surgery."""
+
+import contextlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradsurgery.engines import Engine, Measurement, make_engine
+from gradsurgery.engines.layout import Layout
+from gradsurgery.engines.scalar import split_backward, weighted_backward
+from gradsurgery.losses import Losses, TaskLosses, read_losses
+from gradsurgery.parameters import Blocks, Parameters, SharedParams
+from gradsurgery.registry import HeadPolicy, Method, build_method, get_method, list_methods
+from gradsurgery.rule import GramianFunction, Rule
+from gradsurgery.stats import Needs, StepInfo
+
+MethodLike = str | Method | Callable[[Tensor], Tensor]
+
+
+class MTLOptimizer(Optimizer):
+    """A `torch.optim` optimizer that trains one network on several losses.
+
+    It *is* an `Optimizer`: parameter groups, state and hooks are the base optimizer's own, so that schedulers,
+    `GradScaler`, clipping, checkpoints and trainers take it as they take the base.
+
+    Args:
+        base_opt: any `torch.optim.Optimizer` whose ``step()`` needs no closure.
+        method: a registered name (see `list_methods`), a `Method`, or a function of Gramians (B, T, T) that returns
+            weights (B, T), both float64.
+        shared_params: the parameters that the tasks share, as tensors or (name, tensor) pairs, all of them in
+            ``base_opt``. None finds, in the first batch, those that more than one loss reaches.
+        engine: how per-task gradients are measured: ``"auto"``, ``"sequential"`` or an `Engine`.
+        blocks: what surgery treats as one gradient: all shared parameters (``"model"``), each (``"tensor"``), each
+            module's (``"module"``, which needs named parameters), or lists of parameters.
+        heads: whether every other parameter takes the gradient of the plain sum of losses (``"unweighted"``) or of the
+            weighted sum (``"weighted"``; with several blocks, by the mean weight over blocks). None: as the method's
+            authors ran it (see `get_method`).
+        update_every: solve for weights every so many steps, and take one ordinary weighted backward in between.
+        preference: T positive numbers, one a task, for the methods that can take them.
+        seed: of the method's random numbers; None derives it from `torch.initial_seed`.
+        **hparams: the method's hyperparameters.
+
+    Raises:
+        ValueError, TypeError: an argument is unknown, out of range, or cannot be combined with another.
+
+    Example:
+        >>> import torch
+        >>> from gradsurgery import MTLOptimizer
+        >>> trunk, heads = torch.nn.Linear(4, 8), torch.nn.ModuleList([torch.nn.Linear(8, 1) for _ in range(2)])
+        >>> base = torch.optim.SGD([*trunk.parameters(), *heads.parameters()], lr=0.1)
+        >>> opt = MTLOptimizer(base, method="cagrad", shared_params=trunk.parameters())
+        >>> z = trunk(torch.randn(16, 4))
+        >>> opt.zero_grad()
+        >>> opt.step([head(z).square().mean() for head in heads])
+        >>> opt.info.weights.shape
+        torch.Size([1, 2])
+    """
+
+    base_opt: Optimizer
+
+    def __init__(
+        self,
+        base_opt: Optimizer,
+        method: MethodLike = "cagrad",
+        shared_params: SharedParams | None = None,
+        *,
+        engine: str | Engine = "auto",
+        blocks: Blocks = "model",
+        heads: HeadPolicy | None = None,
+        update_every: int = 1,
+        preference: Sequence[float] | None = None,
+        seed: int | None = None,
+        **hparams: Any,
+    ):
+        # Optimizer.__init__ is left out on purpose: it would build groups and state of its own beside the base's.
+        _check_base(base_opt)
+        rule, name, policy = _make_method(method, preference, hparams)
+        if heads not in (None, "unweighted", "weighted"):
+            raise ValueError(f"heads must be 'unweighted', 'weighted' or None; got {heads!r}.")
+        if not isinstance(update_every, int) or update_every < 1:
+            raise ValueError(f"update_every must be a whole number of steps, 1 or more; got {update_every!r}.")
+        if update_every > 1 and blocks != "model":
+            raise ValueError(
+                f"update_every={update_every} takes one weighted backward between solves, which has one weight a task, "
+                "while blocks give each its own. Use blocks='model' or update_every=1."
+            )
+        self.base_opt = base_opt
+        self.info: StepInfo | None = None
+        self._engine = make_engine(engine)
+        self._parameters = Parameters(base_opt, shared_params, blocks)
+        self._heads: HeadPolicy = heads or policy
+        self._rule = Rule(rule, name, update_every, torch.initial_seed() if seed is None else seed)
+        self._layout: Layout | None = None
+        self._signature: tuple[int, ...] = ()
+        self._holding = False
+        self._held: Measurement | None = None
+        self._held_losses: TaskLosses | None = None
+        for registry in _HOOKS:
+            setattr(self, registry, OrderedDict())
+        self._mark_groups()
+
+    # The base's own groups, state and defaults, never copies: schedulers and checkpoints write into them.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self.base_opt.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_opt.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's per-parameter state."""
+        return self.base_opt.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_opt.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults."""
+        return self.base_opt.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base_opt.defaults = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the base optimizer; its parameters are shared only where shared ones are found, not named."""
+        self.base_opt.add_param_group(param_group)
+        self._parameters.groups_changed()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base optimizer does."""
+        self.base_opt.zero_grad(set_to_none=set_to_none)
+
+    def backward(self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None) -> StepInfo:
+        """Accumulates into ``.grad``, as ``loss.backward()`` does, the direction that the method makes of the losses.
+
+        Args:
+            losses: one scalar a task, as a sequence, mapping or 1-D tensor; None, or a missing key, for a task that is
+                absent from this batch. The first call fixes the tasks.
+            scaler: the AMP scaler. Losses are given unscaled; the method sees unscaled gradients, and ``.grad`` is left
+                scaled for ``scaler.step(optimizer)``.
+
+        Returns:
+            What came of it, also kept as ``info``.
+
+        Raises:
+            TypeError, ValueError: the losses cannot be used (the message says why); nothing has been changed then.
+        """
+        read = read_losses(losses, self._rule.tasks)
+        grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
+        needs_rows = self._holding or Needs.GRAMIAN in self._rule.method.needs
+        if needs_rows or self._heads == "unweighted":
+            self._prepare(read)
+        self._rule.start(read.tasks, self._blocks, read.values.device)
+        if self._holding:
+            return self._hold(read, grad_scale)
+        if needs_rows and self._rule.due(read):
+            measured = self._measure(read, grad_scale)
+            self.info = self._apply(read, measured, grad_scale)
+        else:
+            self.info = self._weighted(read, grad_scale)
+        return self.info
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, losses: Losses | Callable[[], Any] | None = None, *, closure: Callable[[], Any] | None = None
+    ) -> Any:
+        """One step of the base optimizer, after `backward` where losses are given.
+
+        Args:
+            losses: as in `backward`, or a closure returning them. A closure that returns None, a number or a 0-D tensor
+                has done its own backward, as any torch closure. None: the gradients are there already; the method's
+                state is left alone.
+            closure: the same, by torch's name.
+
+        Returns:
+            What the closure returned, else None.
+        """
+        if losses is not None and closure is not None:
+            raise ValueError("step() got losses and a closure; pass one of them.")
+        if self._holding:
+            raise RuntimeError("step() inside accumulate(): the rows are still being held; step after the block.")
+        given = losses if losses is not None else closure
+        result = None
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+            if callable(given):
+                with torch.enable_grad():
+                    result = given()
+                if _are_losses(result):
+                    self.backward(result)
+            elif given is not None:
+                self.backward(given)
+            self._base_step()
+        return result
+
+    # Torch would otherwise wrap the method to run hooks, global ones included, which the base runs already.
+    step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    def observe(self, losses: Losses) -> None:
+        """Tells the method what the step led to: the losses after it, on the same batch, detached or not.
+
+        Only a method that learns from them takes notice (FAMO, whose own rule this is; without it FAMO makes do with
+        the next batch's losses). It costs the caller a forward.
+        """
+        values = _attach(losses)
+        self._rule.observe(read_losses(values, self._rule.tasks))
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Micro-batches as one batch: every ``backward`` inside only adds to the per-task rows, and the surgery runs
+        once, on their sum, when the block ends.
+
+        Divide the losses by the number of micro-batches where they are means. If the block raises, the rows are
+        dropped and ``.grad`` is as it was.
+
+        Example:
+            >>> with opt.accumulate():  # doctest: +SKIP
+            ...     for x, y in micro_batches:
+            ...         opt.backward([loss / len(micro_batches) for loss in losses(x, y)])
+            >>> opt.step()  # doctest: +SKIP
+        """
+        if self._holding:
+            raise RuntimeError("accumulate() is not reentrant: a block is open already.")
+        self._holding, self._held, self._held_losses = True, None, None
+        self._held_scale: Tensor | None = None
+        try:
+            yield
+            if self._held is not None and self._held_losses is not None:
+                self.info = self._apply(self._held_losses, self._held, self._held_scale)
+        finally:
+            self._holding, self._held, self._held_losses = False, None, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's, with the method's own under ``["param_groups"][0]["mtl"]``.
+
+        That entry is one JSON text: `torch.load` with ``weights_only=True`` and `torch.distributed.checkpoint` keep it,
+        and a plain optimizer that loads the dict passes it by.
+        """
+        for hook in self._hooks("_optimizer_state_dict_pre_hooks"):
+            hook(self)
+        state_dict = self.base_opt.state_dict()
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        groups[0]["mtl"] = self._rule.pack(self._engine.name)
+        state_dict = {**state_dict, "param_groups": groups}
+        for hook in self._hooks("_optimizer_state_dict_post_hooks"):
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave, or a plain optimizer's dict, after which the method starts afresh.
+
+        Raises:
+            ValueError: it was written by another method, with other hyperparameters or tasks; nothing is changed then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._hooks("_optimizer_load_state_dict_pre_hooks"):
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        text = groups[0].pop("mtl", "") if groups else ""
+        content = self._rule.check(text) if text else None
+        self.base_opt.load_state_dict({**state_dict, "param_groups": groups})
+        self._rule.unpack(content)
+        self._mark_groups()
+        self._layout = None
+        for hook in self._hooks("_optimizer_load_state_dict_post_hooks"):
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # An LR scheduler's patch of `step` is bound to this object; flat rows are rebuilt when they are needed.
+        return {**{k: v for k, v in self.__dict__.items() if k != "step"}, "_layout": None, "_signature": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __getattr__(self, name: str) -> Any:
+        # Public extras of the base (schedule-free's train() and eval()). GradScaler must not take the wrapper for a
+        # fused optimizer and hand it the scale instead of unscaling, so nothing private or of its protocol leaks.
+        if name.startswith("_") or name in ("base_opt", "grad_scale", "found_inf"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base_opt, name)
+
+    def __repr__(self) -> str:
+        options = f"engine={self._engine.name}, heads={self._heads}, update_every={self._rule.update_every}"
+        return f"{type(self).__name__}({self._rule.method!r}, {options}, base_opt={self.base_opt!r})"
+
+    def _hooks(self, registry: str) -> list[Callable[..., Any]]:
+        return list(getattr(self, registry).values())
+
+    def _mark_groups(self) -> None:
+        # Flattened checkpoints read just those entries that the live group has.
+        self.base_opt.param_groups[0].setdefault("mtl", "")
+
+    def _base_step(self) -> None:
+        args, kwargs = (self,), {}
+        for hook in self._hooks("_optimizer_step_pre_hooks"):
+            changed = hook(self, args, kwargs)
+            if changed is not None:
+                if not (isinstance(changed, tuple) and len(changed) == 2):
+                    raise RuntimeError(f"A step pre-hook must return None or (args, kwargs); got {changed!r}.")
+                args, kwargs = changed
+        self.base_opt.step()
+        for hook in self._hooks("_optimizer_step_post_hooks"):
+            hook(self, args, kwargs)
+
+    @property
+    def _blocks(self) -> int:
+        return 1 if self._layout is None else len(self._layout.bounds) - 1
+
+    def _prepare(self, losses: TaskLosses) -> None:
+        """Finds the shared parameters, and lays them out anew where they have changed."""
+        self._parameters.trace(losses)
+        signature = tuple(map(id, self._parameters.shared))
+        if self._layout is None or signature != self._signature:
+            layout = Layout(self._parameters.blocks())
+            if layout.device != losses.values.device:
+                raise ValueError(
+                    f"The losses sit on {losses.values.device} and the shared parameters on {layout.device}; move one "
+                    "to the other."
+                )
+            self._layout, self._signature = layout, signature
+
+    def _measure(self, losses: TaskLosses, grad_scale: Tensor | None) -> Measurement:
+        assert self._layout is not None
+        task_specific = self._parameters.task_specific()
+        return self._engine.measure(losses, self._layout, task_specific, grad_scale=grad_scale, held=self._held)
+
+    def _hold(self, losses: TaskLosses, grad_scale: Tensor | None) -> StepInfo:
+        self._held = self._measure(losses, grad_scale)
+        self._held_losses = _add(self._held_losses, losses)
+        self._held_scale = grad_scale
+        return StepInfo(losses.tasks, losses.values, None, None, None, self._engine.name)
+
+    @torch.no_grad()
+    def _apply(self, losses: TaskLosses, measured: Measurement, grad_scale: Tensor | None) -> StepInfo:
+        """Statistics, weights, ``.grad``."""
+        gramian = None
+        if Needs.GRAMIAN in self._rule.method.needs:
+            gramian = measured.gramian()
+            if grad_scale is not None:
+                gramian = gramian / grad_scale.double() ** 2
+        weights, diagnostics = self._rule.solve(losses, gramian)
+        measured.write(weights, weights.mean(dim=0) if self._heads == "weighted" else None)
+        return self._info(losses, weights, gramian, diagnostics, self._engine.name)
+
+    def _weighted(self, losses: TaskLosses, grad_scale: Tensor | None) -> StepInfo:
+        """One ordinary backward, with weights from the losses alone or from an earlier solve."""
+        diagnostics: dict[str, Tensor] = {}
+        with torch.no_grad():
+            if self._rule.due(losses):
+                weights, diagnostics = self._rule.solve(losses, None)
+            else:
+                weights = self._rule.cached()
+        if self._heads == "weighted":
+            weighted_backward(losses, weights[0], grad_scale=grad_scale)
+        else:
+            assert self._layout is not None
+            task_specific = self._parameters.task_specific()
+            split_backward(losses, weights[0], self._layout.params, task_specific, grad_scale=grad_scale)
+        return self._info(losses, weights, None, diagnostics, "weighted")
+
+    def _info(
+        self,
+        losses: TaskLosses,
+        weights: Tensor,
+        gramian: Tensor | None,
+        diagnostics: Mapping[str, Tensor],
+        engine: str,
+    ) -> StepInfo:
+        extra = dict(diagnostics)
+        return StepInfo(losses.tasks, losses.values, weights, gramian, extra.pop("residual", None), engine, extra)
+
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+def _check_base(base_opt: Optimizer) -> None:
+    if not isinstance(base_opt, Optimizer):
+        raise TypeError(
+            f"base_opt must be a torch.optim.Optimizer; got {type(base_opt).__name__}. Build it as you would without "
+            "surgery, e.g. torch.optim.AdamW(model.parameters(), 1e-4)."
+        )
+    if isinstance(base_opt, MTLOptimizer):
+        raise TypeError("base_opt is an MTLOptimizer already; surgery can be wrapped around it once.")
+    parameters = inspect.signature(base_opt.step).parameters.values()
+    if any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
+        raise TypeError(
+            f"{type(base_opt).__name__}.step() needs a closure that it evaluates several times a step, each of which "
+            "would be a surgery of its own; use a base optimizer that takes gradients as they are, e.g. SGD or AdamW."
+        )
+
+
+def _make_method(
+    method: MethodLike, preference: Sequence[float] | None, hparams: dict[str, Any]
+) -> tuple[Method, str, HeadPolicy]:
+    """The method, its name, and its head policy."""
+    if isinstance(method, str):
+        info = get_method(method)
+        if preference is not None:
+            if "preference" not in info.hparams:
+                able = [name for name in list_methods() if "preference" in get_method(name).hparams]
+                raise ValueError(
+                    f"Method {info.name!r} takes no preference: its rule has no place for one. Methods that do: "
+                    f"{', '.join(able)}."
+                )
+            hparams = {**hparams, "preference": tuple(float(p) for p in preference)}
+        return build_method(info.name, hparams), info.name, info.heads
+    if hparams or preference is not None:
+        extra = [*hparams, *(["preference"] if preference is not None else [])]
+        raise ValueError(f"{', '.join(extra)} go to a method by name; set them on the method that you pass.")
+    if isinstance(method, Method):
+        known = [get_method(name) for name in list_methods()]
+        found = next((info for info in known if info.cls is type(method)), None)
+        return (method, found.name, found.heads) if found else (method, type(method).__qualname__, "unweighted")
+    if callable(method):
+        return GramianFunction(method), getattr(method, "__qualname__", type(method).__name__), "unweighted"
+    raise TypeError(f"method must be a name, a Method or a function of Gramians; got {type(method).__name__}.")
+
+
+def _are_losses(result: Any) -> bool:
+    if isinstance(result, Tensor):
+        return result.ndim == 1
+    return isinstance(result, Mapping) or (isinstance(result, Sequence) and not isinstance(result, str))
+
+
+def _attach(losses: Losses) -> Losses:
+    """Losses that need no graph, in a form that `read_losses` takes."""
+    if isinstance(losses, Tensor):
+        return losses.detach().requires_grad_()
+    if isinstance(losses, Mapping):
+        return {name: None if loss is None else cast(Tensor, _attach(loss)) for name, loss in losses.items()}
+    return [None if loss is None else cast(Tensor, _attach(loss)) for loss in losses]
+
+
+def _add(first: TaskLosses | None, second: TaskLosses) -> TaskLosses:
+    """The sum of two micro-batches' losses, without their graphs; a task is present if it is in either."""
+    total = {t: second.values[t] for t in second.present}
+    if first is not None:
+        for t in first.present:
+            total[t] = first.values[t] + total[t] if t in total else first.values[t]
+    outputs = tuple(total.get(t) for t in range(len(second.tasks)))
+    absent = torch.full_like(second.values[0], torch.nan)
+    return TaskLosses(second.tasks, outputs, torch.stack([absent if o is None else o for o in outputs]))

@@ -1,0 +1,196 @@
+"""Which parameters are shared, which are one task's own, and how the shared ones fall into blocks."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from gradsurgery.losses import Output, TaskLosses
+
+Blocks: TypeAlias = Literal["model", "tensor", "module"] | Sequence[Sequence[Tensor]]
+SharedParams: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+
+class Parameters:
+    """Shared and task-specific parameters of a base optimizer's model.
+
+    ``shared`` is what the user named, or is found from the graphs of the first losses: every parameter of the base
+    optimizer that more than one of them reaches.
+
+    Raises:
+        ValueError: a named shared parameter is not in the base optimizer, or none is named; ``blocks`` is unknown.
+    """
+
+    def __init__(self, base_opt: Optimizer, shared: SharedParams | None, blocks: Blocks):
+        self._base = base_opt
+        self._names = _optimizer_names(base_opt)
+        self._named = None if shared is None else self._read(shared)
+        self._blocks = blocks if isinstance(blocks, str) else [list(block) for block in blocks]
+        self._found: list[Tensor] | None = None
+        self._traced: set[str] = set()
+        self._foreign: list[Tensor] = []
+        if isinstance(blocks, str) and blocks not in ("model", "tensor", "module"):
+            raise ValueError(f"blocks must be 'model', 'tensor', 'module' or lists of parameters; got {blocks!r}.")
+        if blocks == "module" and self._named is not None:
+            self._module_blocks(self._named)
+
+    def _read(self, shared: SharedParams) -> list[Tensor]:
+        given: dict[int, Tensor] = {}
+        for entry in shared:
+            if isinstance(entry, tuple):
+                name, p = entry
+                self._names.setdefault(id(p), name)
+            else:
+                p = entry
+            if not isinstance(p, Tensor):
+                raise TypeError(f"shared_params must hold tensors or (name, tensor) pairs; got {type(p).__name__}.")
+            given.setdefault(id(p), p)
+        if not given:
+            raise ValueError(
+                "shared_params is empty (an exhausted generator, perhaps?). Pass the parameters that the tasks share, "
+                "or None to find them from the losses."
+            )
+        owned = {id(p) for p in _base_parameters(self._base)}
+        if strangers := [p for p in given.values() if id(p) not in owned]:
+            raise ValueError(
+                f"{len(strangers)} of {len(given)} shared parameters are not in the base optimizer, which would leave "
+                f"them untrained; the first: {self._describe(strangers[0])}. Add them to the base optimizer, or leave "
+                "them out of shared_params."
+            )
+        return list(given.values())
+
+    def _describe(self, p: Tensor) -> str:
+        return f"{self._names.get(id(p), 'unnamed')} {tuple(p.shape)}"
+
+    def groups_changed(self) -> None:
+        """The base optimizer has new parameters: look again for shared ones."""
+        self._found = None
+        self._traced.clear()
+
+    def trace(self, losses: TaskLosses) -> None:
+        """Learns from the graphs of tasks not seen before what their losses reach.
+
+        Raises:
+            ValueError: shared parameters are to be found, and a task is absent or none is shared.
+        """
+        new = [t for t in losses.present if losses.tasks[t] not in self._traced]
+        if not new:
+            return
+        if self._named is None and self._found is None and len(losses.present) < len(losses.tasks):
+            absent = [losses.tasks[t] for t in range(len(losses.tasks)) if t not in losses.present]
+            raise ValueError(
+                f"Shared parameters are found from the first batch, in which {', '.join(map(repr, absent))} is absent. "
+                "Pass shared_params, or start with a batch that has every task."
+            )
+        reached = {t: leaves(losses.outputs[t]) for t in new}
+        if self._named is None and self._found is None:
+            self._found = self._find([reached[t] for t in new])
+        known = {id(p) for p in _base_parameters(self._base)} | {id(p) for p in self._foreign}
+        for leaf in {id(p): p for found in reached.values() for p in found.values()}.values():
+            if id(leaf) not in known and isinstance(leaf, Parameter):
+                self._foreign.append(leaf)
+        self._traced.update(losses.tasks[t] for t in new)
+
+    def _find(self, reached: list[dict[int, Tensor]]) -> list[Tensor]:
+        shared = [p for p in _base_parameters(self._base) if sum(id(p) in found for found in reached) > 1]
+        if not shared:
+            raise ValueError(
+                f"No parameter of the base optimizer is reached by more than one of the {len(reached)} losses, so "
+                "there is nothing to operate on. Check that the losses come from one model whose parameters the base "
+                "optimizer holds, or pass shared_params."
+            )
+        return shared
+
+    @property
+    def shared(self) -> list[Tensor]:
+        """Shared parameters that require a gradient.
+
+        Raises:
+            ValueError: all of them are frozen.
+        """
+        everything = self._named if self._named is not None else (self._found or [])
+        active = [p for p in everything if p.requires_grad]
+        if not active:
+            raise ValueError("Every shared parameter is frozen (requires_grad is False); unfreeze some.")
+        return active
+
+    def task_specific(self) -> list[Tensor]:
+        """Every other parameter that takes a gradient: of the base optimizer, and those that only the losses reach."""
+        shared = {id(p) for p in (self._named if self._named is not None else (self._found or []))}
+        candidates = [*_base_parameters(self._base), *self._foreign]
+        return [p for p in candidates if p.requires_grad and id(p) not in shared]
+
+    def blocks(self) -> list[list[Tensor]]:
+        """The shared parameters, by block.
+
+        Raises:
+            ValueError: given blocks do not cover them exactly once, or modules are wanted and have no names.
+        """
+        shared = self.shared
+        if self._blocks == "model":
+            return [shared]
+        if self._blocks == "tensor":
+            return [[p] for p in shared]
+        if self._blocks == "module":
+            return self._module_blocks(shared)
+        return self._given_blocks(shared)
+
+    def _module_blocks(self, shared: list[Tensor]) -> list[list[Tensor]]:
+        modules: dict[str, list[Tensor]] = {}
+        for p in shared:
+            name = self._names.get(id(p))
+            if name is None:
+                raise ValueError(
+                    "blocks='module' groups parameters by the module in their name, and these have none: build the "
+                    "base optimizer on model.named_parameters(), or pass encoder.named_parameters() as shared_params."
+                )
+            modules.setdefault(name.rpartition(".")[0], []).append(p)
+        return list(modules.values())
+
+    def _given_blocks(self, shared: list[Tensor]) -> list[list[Tensor]]:
+        wanted = {id(p) for p in shared}
+        blocks = [[p for p in block if id(p) in wanted] for block in self._blocks if not isinstance(block, str)]
+        listed = [id(p) for block in blocks for p in block]
+        if missing := [p for p in shared if id(p) not in listed]:
+            raise ValueError(
+                f"{len(missing)} shared parameters are in no block; the first: {self._describe(missing[0])}. List each "
+                "exactly once, or use blocks='model', 'tensor' or 'module'."
+            )
+        if len(listed) != len(set(listed)):
+            raise ValueError("A shared parameter is in two blocks; list each exactly once.")
+        return [block for block in blocks if block]
+
+
+def leaves(output: Output | None) -> dict[int, Tensor]:
+    """The leaf tensors that a loss's graph reaches, by id."""
+    root = output.node if isinstance(output, GradientEdge) else None if output is None else output.grad_fn
+    if root is None:
+        return {id(output): output} if isinstance(output, Tensor) else {}
+    found: dict[int, Tensor] = {}
+    seen: set[Node] = {root}
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found[id(variable)] = variable
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return found
+
+
+def _base_parameters(base_opt: Optimizer) -> list[Tensor]:
+    return [p for group in base_opt.param_groups for p in group["params"]]
+
+
+def _optimizer_names(base_opt: Optimizer) -> dict[int, str]:
+    return {
+        id(p): name
+        for group in base_opt.param_groups
+        for name, p in zip(group.get("param_names", ()), group["params"], strict=False)
+    }

@@ -1,0 +1,182 @@
+"""The contract of a method, and the table of those that exist. A new method is one file in `gradsurgery.methods`."""
+
+import abc
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+from torch import Generator, Tensor, device, dtype
+
+from gradsurgery.stats import Needs, Stats
+
+State = dict[str, Tensor]
+HeadPolicy = Literal["unweighted", "weighted"]
+
+GUARANTEES = {
+    "non_conflicting": "no task's loss rises to first order: <g_t, u> >= 0 for every task t",
+    "simplex": "weights are non-negative and sum to 1",
+    "nonnegative": "weights are non-negative",
+    "scale_invariant": "positive rescaling of a task's gradient leaves the direction unchanged",
+    "linear_under_scaling": "u(diag(c) J) is linear in c, for c > 0",
+    "homogeneous": "u(a J) = a u(J) for a > 0",
+}
+
+
+@dataclass(frozen=True)
+class Method(abc.ABC):
+    """A weighting or surgery rule: a frozen set of hyperparameters and two pure functions.
+
+    A subclass is a frozen dataclass whose fields are its hyperparameters, validated in ``__post_init__``; ``needs``
+    says what it must see.
+    """
+
+    needs: ClassVar[Needs]
+    task_axes: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+
+    def task_axes_of(self, key: str, tensor: Tensor) -> tuple[int, ...]:
+        """Which axes of a state tensor run over tasks: the last one, unless ``task_axes`` says otherwise."""
+        return self.task_axes.get(key, (tensor.ndim - 1,) if tensor.ndim else ())
+
+    @abc.abstractmethod
+    def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:
+        """All of the method's state, allocated in full; absent tasks are cut out of it along `task_axes`."""
+
+    @abc.abstractmethod
+    def weights(
+        self, stats: Stats, state: State, generator: Generator | None
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """Task weights (B, T), the next state, and diagnostics (``residual`` (B,) where a solver ran).
+
+        Pure: nothing is kept on ``self``, random numbers come from ``generator`` alone, nothing synchronises.
+        """
+
+
+@dataclass(frozen=True)
+class ObservingMethod(Method):
+    """A method that also learns from the losses after the step, on the same batch (FAMO)."""
+
+    @abc.abstractmethod
+    def observe(self, losses: Tensor, state: State) -> State:
+        """The next state, given the losses (T,) float64 that the step led to."""
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What is known of a registered method.
+
+    Attributes:
+        name: registered name, snake case.
+        cls: the `Method` class.
+        needs: what it must see.
+        paper: title and link.
+        venue: where it was published.
+        hparams: hyperparameters with their defaults.
+        heads: whether its authors ran task-specific parameters on raw or on weighted gradients.
+        guarantees: what it promises of the direction, keys of `GUARANTEES`; each is tested. Empty: it promises none.
+        randomized: whether it draws random numbers.
+    """
+
+    name: str
+    cls: type[Method]
+    needs: Needs
+    paper: str
+    venue: str
+    hparams: Mapping[str, Any]
+    heads: HeadPolicy
+    guarantees: frozenset[str]
+    randomized: bool
+
+
+_METHODS: dict[str, MethodInfo] = {}
+_M = TypeVar("_M", bound=type[Method])
+
+
+def register(
+    name: str,
+    *,
+    paper: str,
+    venue: str,
+    heads: HeadPolicy,
+    guarantees: frozenset[str] = frozenset(),
+    randomized: bool = False,
+) -> Callable[[_M], _M]:
+    """Class decorator that makes a `Method` available by name, and puts it under the property suite.
+
+    Raises:
+        ValueError: the name is taken, or a guarantee is not one of `GUARANTEES`.
+    """
+
+    def add(cls: _M) -> _M:
+        if fold(name) in {fold(other) for other in _METHODS}:
+            raise ValueError(f"A method named {name!r} is registered already; give yours another name.")
+        if unknown := guarantees - GUARANTEES.keys():
+            raise ValueError(f"Unknown guarantees {sorted(unknown)}; known ones: {sorted(GUARANTEES)}.")
+        hparams = {f.name: f.default for f in dataclasses.fields(cls)}
+        _METHODS[name] = MethodInfo(name, cls, cls.needs, paper, venue, hparams, heads, guarantees, randomized)
+        return cls
+
+    return add
+
+
+def fold(name: str) -> str:
+    """A name without case and punctuation, so that ``CAGrad``, ``Nash_MTL`` and ``nash-mtl`` all resolve."""
+    return "".join(c for c in name.casefold() if c.isalnum())
+
+
+def closest(name: str, known: list[str]) -> str:
+    """A hint for an error message: the known names nearest to ``name``, and all of them."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return f"{hint}Known: {', '.join(known) or 'none'}."
+
+
+def list_methods(pattern: str = "*", *, needs: Needs | None = None) -> list[str]:
+    """Names of the registered methods, sorted.
+
+    Args:
+        pattern: shell-style pattern on the name, e.g. ``"*grad"``.
+        needs: keep only methods that need exactly this.
+
+    Example:
+        >>> from gradsurgery import list_methods
+        >>> list_methods("pc*")
+        ['pcgrad']
+    """
+    return sorted(
+        name for name, info in _METHODS.items() if fnmatch.fnmatch(name, pattern) and needs in (None, info.needs)
+    )
+
+
+def get_method(name: str) -> MethodInfo:
+    """What is known of a method, by its name or an alias that differs in case or punctuation only.
+
+    Raises:
+        ValueError: no such method; the message lists the close names.
+
+    Example:
+        >>> from gradsurgery import get_method
+        >>> get_method("CAGrad").hparams["c"]
+        0.4
+    """
+    for known, info in _METHODS.items():
+        if fold(known) == fold(name):
+            return info
+    raise ValueError(f"There is no method named {name!r}. {closest(name, list_methods())}")
+
+
+def build_method(name: str, hparams: Mapping[str, Any]) -> Method:
+    """The method ``name`` with ``hparams``, every one of which it must have.
+
+    Raises:
+        ValueError: unknown method, unknown hyperparameter, or a value out of its range.
+    """
+    info = get_method(name)
+    for key in hparams:
+        if key not in info.hparams:
+            raise ValueError(
+                f"Method {info.name!r} has no hyperparameter {key!r}. {closest(key, sorted(info.hparams))}"
+            )
+    return info.cls(**hparams)

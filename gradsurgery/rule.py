@@ -1,0 +1,261 @@
+"""A method at work: its tasks, what it has learned, its random numbers, and when it is due again."""
+
+import base64
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from gradsurgery.losses import TaskLosses
+from gradsurgery.registry import Method, ObservingMethod, State
+from gradsurgery.stats import Needs, Stats
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class GramianFunction(Method):
+    """A plain callable G (B, T, T) -> w (B, T), both float64, as a method."""
+
+    needs: ClassVar[Needs] = Needs.GRAMIAN
+    function: Callable[[Tensor], Tensor]
+
+    def init(self, T: int, blocks: int, *, dtype: torch.dtype, device: torch.device) -> State:
+        return {}
+
+    def weights(
+        self, stats: Stats, state: State, generator: Generator | None
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        assert stats.gramian is not None
+        w = self.function(stats.gramian)
+        if not isinstance(w, Tensor) or w.shape != stats.gramian.shape[:-1]:
+            got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
+            raise ValueError(
+                f"The method's function must return weights of shape {tuple(stats.gramian.shape[:-1])} for Gramians of "
+                f"shape {tuple(stats.gramian.shape)}; got {got}."
+            )
+        return w.to(stats.gramian), state, {}
+
+
+class Rule:
+    """The mutable half of a method, which is all that a checkpoint has to keep."""
+
+    def __init__(self, method: Method, name: str, update_every: int, seed: int):
+        self.method = method
+        self.name = name
+        self.update_every = update_every
+        self.tasks: tuple[str, ...] | None = None
+        self._seed = seed
+        self._reset()
+
+    def _reset(self) -> None:
+        self.tasks = None
+        self._state: State = {}
+        self._weights: Tensor | None = None
+        self._solved_for: list[int] = []
+        self._steps = 0
+        self._random: bytes | None = None
+        self._generator: Generator | None = None
+
+    def start(self, tasks: tuple[str, ...], blocks: int, device: torch.device) -> None:
+        """Allocates state at the first losses, and moves to their device what a checkpoint brought.
+
+        Raises:
+            ValueError: a per-task hyperparameter or a checkpoint does not fit the tasks or blocks.
+        """
+        if self._generator is not None and self._generator.device == device:
+            return
+        fresh = self.method.init(len(tasks), blocks, dtype=torch.float64, device=device)
+        loaded = {key: tensor.to(device) for key, tensor in self._state.items()}
+        if self.tasks is not None:
+            _check_shapes(self.name, loaded, fresh)
+        self._state = loaded if self.tasks is not None else fresh
+        if self._weights is not None:
+            self._weights = self._weights.to(device)
+            if len(self._weights) != (blocks if Needs.GRAMIAN in self.method.needs else 1):
+                raise ValueError(
+                    f"The checkpoint holds weights for {len(self._weights)} blocks, and this optimizer has {blocks}; "
+                    "build it with the same blocks and shared_params."
+                )
+        self.tasks = tasks
+        self._generator = Generator(device).manual_seed(self._seed)
+        if self._random is not None:
+            self._restore_random()
+
+    def _restore_random(self) -> None:
+        assert self._generator is not None and self._random is not None
+        state = torch.frombuffer(bytearray(self._random), dtype=torch.uint8)
+        if state.numel() == self._generator.get_state().numel():
+            self._generator.set_state(state)
+        else:
+            warnings.warn(
+                f"The checkpoint's random state is another device's; {self.name} draws anew from its seed.",
+                stacklevel=4,
+            )
+        self._random = None
+
+    def due(self, losses: TaskLosses) -> bool:
+        """Whether weights must be solved for now: every ``update_every`` steps, or when a task is back."""
+        return (
+            self._weights is None
+            or self._steps % self.update_every == 0
+            or not set(losses.present) <= set(self._solved_for)
+        )
+
+    def cached(self) -> Tensor:
+        """The weights of the last solve, for a step in between."""
+        assert self._weights is not None
+        self._steps += 1
+        return self._weights
+
+    def solve(self, losses: TaskLosses, gramian: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """New weights (B, T), 0 for an absent task, and the method's diagnostics.
+
+        Where a loss, the Gramian or what the method makes of them is not finite, the weights are NaN (so that an AMP
+        scaler skips the step, as it would without surgery) and the state stays as it was.
+        """
+        T = len(losses.tasks)
+        present = losses.present
+        index = None if len(present) == T else torch.tensor(present, device=losses.values.device)
+        values, before = losses.values, self._state
+        if index is not None:
+            values = values[index]
+            gramian = None if gramian is None else gramian[:, index][:, :, index]
+            before = {key: self._take(key, tensor, index) for key, tensor in self._state.items()}
+        finite = values.isfinite().all() if gramian is None else values.isfinite().all() & gramian.isfinite().all()
+        safe = torch.where(finite, values, 1.0)
+        if gramian is not None:
+            gramian = torch.where(finite, gramian, torch.eye(len(present), dtype=gramian.dtype, device=gramian.device))
+        w, after, diagnostics = self.method.weights(Stats(safe, gramian), before, self._generator)
+        finite = self._keep(before, after, finite & w.isfinite().all(), index)
+        if index is not None:
+            w = w.new_zeros(len(w), T).index_copy_(1, index, w)
+        previous = torch.ones_like(w) if self._weights is None else self._weights
+        self._weights = torch.where(finite, w, previous)
+        self._solved_for, self._steps = present, self._steps + 1
+        return torch.where(finite, w, torch.nan), diagnostics
+
+    def _keep(self, before: State, after: State, finite: Tensor, index: Tensor | None) -> Tensor:
+        """Takes over the next state, unless something in it or before it is not finite."""
+        for key, tensor in after.items():
+            if tensor is not before[key]:
+                finite = finite & tensor.isfinite().all()
+        for key, tensor in after.items():
+            if tensor is not before[key]:
+                self._state[key] = self._put(key, torch.where(finite, tensor, before[key]), index)
+        return finite
+
+    def observe(self, losses: TaskLosses) -> None:
+        """Tells the method what the step led to."""
+        if not isinstance(self.method, ObservingMethod) or self.tasks is None:
+            return
+        present = losses.present
+        index = None if len(present) == len(losses.tasks) else torch.tensor(present, device=losses.values.device)
+        values, before = losses.values, self._state
+        if index is not None:
+            values = values[index]
+            before = {key: self._take(key, tensor, index) for key, tensor in self._state.items()}
+        self._keep(before, self.method.observe(values, before), values.isfinite().all(), index)
+
+    def _take(self, key: str, tensor: Tensor, index: Tensor) -> Tensor:
+        for axis in self.method.task_axes_of(key, tensor):
+            tensor = tensor.index_select(axis, index)
+        return tensor
+
+    def _put(self, key: str, tensor: Tensor, index: Tensor | None) -> Tensor:
+        if index is None:
+            return tensor
+        axes = self.method.task_axes_of(key, self._state[key])
+        if not axes:
+            return tensor
+        place: list[Tensor | slice] = [slice(None)] * tensor.ndim
+        for n, axis in enumerate(axes):
+            shape = [1] * len(axes)
+            shape[n] = -1
+            place[axis] = index.reshape(shape)
+        whole = self._state[key].clone()
+        whole[tuple(place)] = tensor
+        return whole
+
+    def pack(self, engine: str) -> str:
+        """Everything that a resumed run needs, as one JSON text: a leaf that every checkpoint format keeps."""
+        random = self._random if self._generator is None else self._generator.get_state().numpy().tobytes()
+        content = {
+            "format": FORMAT,
+            "method": self.name,
+            "hparams": _hparams(self.method),
+            "update_every": self.update_every,
+            "engine": engine,
+            "tasks": self.tasks,
+            "seed": self._seed,
+            "steps": self._steps,
+            "solved_for": self._solved_for,
+            "weights": None if self._weights is None else _to_json(self._weights),
+            "state": {key: _to_json(tensor) for key, tensor in self._state.items()},
+            "random": None if random is None else base64.b64encode(random).decode(),
+        }
+        return json.dumps(content)
+
+    def check(self, text: str) -> dict[str, Any]:
+        """The parsed text of `pack`, if it is this rule's.
+
+        Raises:
+            ValueError: it was written by another method, with other hyperparameters or tasks, or by a newer format.
+        """
+        content = json.loads(text)
+        mine = {"method": self.name, "hparams": _hparams(self.method), "update_every": self.update_every}
+        if content.get("format") != FORMAT:
+            raise ValueError(f"The checkpoint has format {content.get('format')!r}; this version reads {FORMAT}.")
+        for key, value in mine.items():
+            if content[key] != value:
+                raise ValueError(
+                    f"The checkpoint was written with {key} = {content[key]}, and this optimizer has {value}. Build it "
+                    'alike, or set state_dict["param_groups"][0]["mtl"] to "" to load the base optimizer alone.'
+                )
+        if self.tasks is not None and content["tasks"] is not None and tuple(content["tasks"]) != self.tasks:
+            raise ValueError(f"The checkpoint has tasks {content['tasks']}, and this optimizer has {list(self.tasks)}.")
+        return content
+
+    def unpack(self, content: dict[str, Any] | None) -> None:
+        """Takes over what `check` returned; None starts afresh."""
+        self._reset()
+        if content is None or content["tasks"] is None:
+            return
+        self.tasks = tuple(content["tasks"])
+        self._seed = content["seed"]
+        self._steps = content["steps"]
+        self._solved_for = content["solved_for"]
+        self._weights = None if content["weights"] is None else _from_json(content["weights"])
+        self._state = {key: _from_json(entry) for key, entry in content["state"].items()}
+        self._random = None if content["random"] is None else base64.b64decode(content["random"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        random = self._random if self._generator is None else self._generator.get_state().numpy().tobytes()
+        return {**self.__dict__, "_random": random, "_generator": None}
+
+
+def _hparams(method: Method) -> dict[str, Any]:
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    return json.loads(json.dumps(fields, default=lambda value: getattr(value, "__qualname__", type(value).__name__)))
+
+
+def _to_json(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "data": tensor.tolist()}
+
+
+def _from_json(entry: dict[str, Any]) -> Tensor:
+    return torch.tensor(entry["data"], dtype=getattr(torch, entry["dtype"]))
+
+
+def _check_shapes(name: str, loaded: State, fresh: State) -> None:
+    got = {key: tuple(tensor.shape) for key, tensor in loaded.items()}
+    wanted = {key: tuple(tensor.shape) for key, tensor in fresh.items()}
+    if got != wanted:
+        raise ValueError(
+            f"The checkpoint's state of {name!r} does not fit this optimizer: it has {got}, where {wanted} is needed. "
+            "Build it with the same tasks, blocks and shared_params."
+        )

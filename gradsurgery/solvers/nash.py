@@ -1,0 +1,83 @@
+"""The Nash bargaining weights: G a = p / a elementwise, a > 0.
+
+In unit-diagonal form C b = p / b, b = n a: the stationarity of the convex 1/2 b^T C b - sum p log b, whose Newton
+method converges from anywhere under the damping of self-concordant functions (Nesterov, Nemirovskii 1994).
+No solution exists at a Pareto-stationary point (some convex combination of the gradients is 0), where b runs away.
+"""
+
+import numpy as np
+
+from gradsurgery.solvers.min_norm import min_norm_numpy
+from gradsurgery.solvers.operator import solver
+from gradsurgery.solvers.scaling import unit_diagonal
+
+TOLERANCE = 1e-8
+ITERATIONS = 100
+RUNAWAY = 1e8
+
+
+def nash_numpy(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (N, T) and residual (N,) for Gramians (N, T, T) and a preference (T,); see `nash`."""
+    cosine, norm = unit_diagonal(gramian)
+    present = np.diagonal(gramian, axis1=-2, axis2=-1) > 0
+    p = np.where(present, preference, 0.0)
+    b, residual = _newton(cosine, p)
+    a = np.where(present, b / norm, 0.0)
+    for n in np.flatnonzero(~(residual <= TOLERANCE)):
+        a[n] = min_norm_numpy(gramian[n : n + 1])[0]
+    return a, residual
+
+
+def _newton(cosine: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Minimisers b (N, T) of 1/2 b^T C b - sum p log b, and their residual (N,).
+
+    The Newton system is solved for the relative step y = step / b: B C B + diag(p), with B = diag(b), stays positive
+    definite however small C's eigenvalues are. A zero row (p = 0) couples to nothing and keeps b = 1.
+    """
+    N, T = p.shape
+    positive = p > 0
+    b = _start(cosine, p)
+    solution, residual = b.copy(), np.full(N, np.inf)
+    diagonal = np.arange(T)
+    alive = np.ones(N, dtype=bool)
+    for _ in range(ITERATIONS):
+        products = b * (cosine @ b[..., None])[..., 0]
+        gradient = np.where(positive, products - p, 0.0)
+        now = np.abs(gradient / np.where(positive, p, 1.0)).max(-1)
+        better = now < residual
+        solution[better], residual[better] = b[better], now[better]
+        # Rounding stops the descent somewhere below 1e-12; a runaway b means that there is no solution to find.
+        alive &= (now > 1e-15) & (better | (now > 1e-12)) & (b.max(-1) < RUNAWAY)
+        if not alive.any():
+            break
+        hessian = b[:, :, None] * cosine * b[:, None, :]
+        hessian[:, diagonal, diagonal] += np.where(positive, p, 1.0)
+        y = np.linalg.solve(hessian, -gradient[..., None])[..., 0]
+        decrement = np.sqrt(np.maximum(-(y * gradient).sum(-1), 0.0) / np.where(positive, p, np.inf).min(-1))
+        damping = np.where(decrement > 0.25, 1 / (1 + decrement), 1.0) * alive
+        b = b * (1 + np.maximum(damping[:, None] * y, -0.99))
+    return solution, residual
+
+
+def _start(cosine: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Equal b (N, T), of the length b^T C b = sum p that the solution has."""
+    positive = p > 0
+    spread = (cosine * (positive[:, :, None] & positive[:, None, :])).sum((-2, -1))
+    size = np.sqrt(p.sum(-1) / np.maximum(spread, 1e-3 * p.shape[-1]))
+    return np.where(positive, size[:, None], 1.0)
+
+
+@solver("nash", "(Tensor gramian, Tensor preference)")
+def nash(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the (asymmetric) Nash bargaining solution.
+
+    Args:
+        gramian: (..., T, T) float64.
+        preference: (T,) float64, positive.
+
+    Returns:
+        a (..., T) with G a = p / a on the rows that are not zero (0 on those that are), and the relative residual
+        max |a_i (G a)_i / p_i - 1| (...,). Where it exceeds 1e-8 no solution was found (the point is Pareto stationary
+        within rounding): the weights are then those of the point of least norm, a direction that never conflicts.
+    """
+    return nash_numpy(gramian, preference)

@@ -1,0 +1,23 @@
+"""Unit-diagonal form of a Gramian, in which a solver sees angles alone, whatever the norms of the rows."""
+
+import numpy as np
+
+
+def unit_diagonal(gramian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Splits G = diag(n) C diag(n).
+
+    Args:
+        gramian: (N, T, T).
+
+    Returns:
+        C (N, T, T), cosines, with a diagonal of 1 (0 for a zero row), and the norms n (N, T), 1 for a zero row.
+    """
+    diagonal = np.diagonal(gramian, axis1=-2, axis2=-1)
+    norm = np.sqrt(np.maximum(diagonal, 0.0))
+    zero = norm == 0
+    norm = np.where(zero, 1.0, norm)
+    # Two divisions: the product of two norms could leave the range of a float where the quotient does not.
+    cosine = gramian / norm[:, :, None] / norm[:, None, :]
+    # A zero row must not couple to anything, even if rounding left crumbs off the diagonal.
+    cosine = np.where(zero[:, :, None] | zero[:, None, :], 0.0, cosine)
+    return cosine, norm
