@@ -39,14 +39,14 @@ def pcgrad(G: Tensor, orders: Tensor | None = None, *, generator: Generator | No
     T = G.shape[-1]
     if orders is None:
         orders = draw_orders(T, generator, G.device)
-    tasks = torch.arange(T, device=G.device)
-    coefficients = torch.eye(T, dtype=G.dtype, device=G.device).expand(G.shape).clone()
+    identity = torch.eye(T, dtype=G.dtype, device=G.device)
+    coefficients = identity.expand(G.shape)
     square = G.diagonal(dim1=-2, dim2=-1)
     for visited in orders.unbind(dim=-1):
         inner = (coefficients * G[..., visited].mT).sum(dim=-1)
         against = square[..., visited]
         step = torch.where(against > 0, inner.clamp(max=0) / against, 0.0)
-        coefficients[..., tasks, visited] -= step
+        coefficients = coefficients - step.unsqueeze(-1) * identity[visited]
     return coefficients.sum(dim=-2)
 
 

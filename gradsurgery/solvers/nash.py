@@ -23,7 +23,9 @@ def nash_numpy(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray,
     p = np.where(present, preference, 0.0)
     b, residual = _newton(cosine, p)
     a = np.where(present, b / norm, 0.0)
-    for n in np.flatnonzero(~(residual <= TOLERANCE)):
+    # What rounding in C alone leaves of the residual when b is large, near a point without a solution.
+    floor = 4 * np.finfo(float).eps * gramian.shape[-1] * (b**2).max(-1)
+    for n in np.flatnonzero(~(residual <= np.maximum(TOLERANCE, np.minimum(floor, 1e-4)))):
         a[n] = min_norm_numpy(gramian[n : n + 1])[0]
     return a, residual
 
@@ -39,24 +41,42 @@ def _newton(cosine: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     b = _start(cosine, p)
     solution, residual = b.copy(), np.full(N, np.inf)
     diagonal = np.arange(T)
-    alive = np.ones(N, dtype=bool)
+    alive, settled = np.ones(N, dtype=bool), np.zeros(N, dtype=bool)
     for _ in range(ITERATIONS):
         products = b * (cosine @ b[..., None])[..., 0]
         gradient = np.where(positive, products - p, 0.0)
         now = np.abs(gradient / np.where(positive, p, 1.0)).max(-1)
         better = now < residual
         solution[better], residual[better] = b[better], now[better]
-        # Rounding stops the descent somewhere below 1e-12; a runaway b means that there is no solution to find.
-        alive &= (now > 1e-15) & (better | (now > 1e-12)) & (b.max(-1) < RUNAWAY)
+        # Close by, only rounding keeps a step from improving; a runaway b means that there is no solution to find.
+        alive &= (now > 1e-15) & (better | ~settled) & (b.max(-1) < RUNAWAY)
         if not alive.any():
             break
         hessian = b[:, :, None] * cosine * b[:, None, :]
         hessian[:, diagonal, diagonal] += np.where(positive, p, 1.0)
         y = np.linalg.solve(hessian, -gradient[..., None])[..., 0]
         decrement = np.sqrt(np.maximum(-(y * gradient).sum(-1), 0.0) / np.where(positive, p, np.inf).min(-1))
-        damping = np.where(decrement > 0.25, 1 / (1 + decrement), 1.0) * alive
-        b = b * (1 + np.maximum(damping[:, None] * y, -0.99))
+        settled = decrement < 1e-3
+        length = np.where(decrement > 0.25, _line_search(cosine, p, b, y, 1 / (1 + decrement)), 1.0) * alive
+        b = b * (1 + np.maximum(length[:, None] * y, -0.99))
     return solution, residual
+
+
+def _line_search(cosine: np.ndarray, p: np.ndarray, b: np.ndarray, y: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Step lengths (N,) near the minimum along b (1 + t y), from the safe t that self-concordance gives.
+
+    Far from the solution the safe step covers little of the way; Newton's method in the one variable covers the rest.
+    """
+    step = (b * y)[..., None]
+    bend = (step * (cosine @ step)).sum((-2, -1))
+    slope = (b[..., None] * (cosine @ step)).sum((-2, -1))
+    for _ in range(6):
+        ratio = y / (1 + t[:, None] * y)
+        first = slope + t * bend - (p * ratio).sum(-1)
+        second = bend + (p * ratio**2).sum(-1)
+        room = np.where(y < 0, -1 / np.where(y < 0, y, -1.0), np.inf).min(-1)
+        t = np.clip(t - first / np.where(second > 0, second, 1.0), t / 2, (t + np.minimum(room, 1e6 * t)) / 2)
+    return t
 
 
 def _start(cosine: np.ndarray, p: np.ndarray) -> np.ndarray:
@@ -77,7 +97,8 @@ def nash(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.nd
 
     Returns:
         a (..., T) with G a = p / a on the rows that are not zero (0 on those that are), and the relative residual
-        max |a_i (G a)_i / p_i - 1| (...,). Where it exceeds 1e-8 no solution was found (the point is Pareto stationary
-        within rounding): the weights are then those of the point of least norm, a direction that never conflicts.
+        max |a_i (G a)_i / p_i - 1| (...,). It stays under 1e-8, or near a Pareto-stationary point under what rounding
+        of G leaves of it (1e-4 at most). Where it exceeds that, there is no solution: the weights are then those of the point
+        of least norm, a direction that never conflicts.
     """
     return nash_numpy(gramian, preference)

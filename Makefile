@@ -1,0 +1,38 @@
+# `make demo` and `make test` set up .venv on a machine that has only Python and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := gradsurgery architectures recipes
+# An editable install links file by file: a folder that gains or loses a file installs anew.
+FOLDERS := $(shell find $(PACKAGES) -type d -not -name __pycache__)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m gradsurgery.recipes.nyuv2 --method ew cagrad --out runs/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.overhead
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml $(FOLDERS)
+	$(BIN)/pip install --quiet --editable ".[recipes]" --config-settings editable_mode=strict
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml $(FOLDERS)
+	$(BIN)/pip install --quiet --editable ".[dev]" --config-settings editable_mode=strict
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs data

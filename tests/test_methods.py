@@ -1,0 +1,402 @@
+"""Every registered method over the matrix zoo: against its oracle, and the properties that it declares."""
+
+import importlib
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import famo as famo_reference
+from reference import matrices
+from reference import pcgrad as pcgrad_reference
+
+from gradsurgery import aggregate, functional, get_method, list_methods
+from gradsurgery.losses import TaskLosses
+from gradsurgery.methods.pcgrad import draw_orders
+from gradsurgery.registry import GUARANTEES, Method, build_method, register
+from gradsurgery.rule import Rule
+from gradsurgery.solvers import cagrad_multipliers, dual_cone, min_norm, nash
+from gradsurgery.stats import Needs, Stats
+
+ZOO = {name: torch.from_numpy(J) for name, J in matrices.zoo().items()}
+HPARAMS: dict[str, list[dict[str, Any]]] = {
+    "mgda": [{}, {"normalization": "l2"}],
+    "cagrad": [{}, {"c": 0.9, "rescale": 0, "scale": "mean"}, {"c": 0.0}, {"c": 3.0, "rescale": 2}],
+}
+METHODS = list_methods()
+
+
+def direction(name: str, J: torch.Tensor, seed: int = 0, **hparams: Any) -> torch.Tensor:
+    return aggregate(J, name, generator=torch.Generator().manual_seed(seed), **hparams)
+
+
+def assert_close(u: torch.Tensor, expected: torch.Tensor, J: torch.Tensor, rtol: float = 1e-8) -> None:
+    """Relative to the answer, with the rounding of J's largest row as the floor under an answer near zero."""
+    floor = 1e-13 * J.norm(dim=1).max() * len(J)
+    assert (u - expected).norm() <= rtol * expected.norm() + floor, f"{u} against {expected}"
+
+
+def stats_of(J: torch.Tensor) -> Stats:
+    return Stats(torch.ones(len(J), dtype=torch.float64), (J @ J.T).unsqueeze(0))
+
+
+def solvable(name: str, zoo: str) -> bool:
+    """Nash-MTL has no solution at a Pareto-stationary point, and its own answer there is tested apart."""
+    return name != "nash_mtl" or not matrices.expected_stationary(zoo)
+
+
+@pytest.mark.parametrize("zoo", ZOO)
+@pytest.mark.parametrize(
+    ("name", "hparams"),
+    [(name, hparams) for name in METHODS if name != "famo" for hparams in HPARAMS.get(name, [{}])],
+)
+def test_oracle(name: str, hparams: dict[str, Any], zoo: str) -> None:
+    if not solvable(name, zoo):
+        pytest.skip("no bargain at a Pareto-stationary point")
+    if hparams.get("normalization") == "l2" and zoo in (
+        "collinear",
+        "two_parameters",
+        "more_tasks_than_parameters",
+        "rank_two",
+        "duplicate_rows",
+    ):
+        pytest.skip("with dependent normalised rows the weights are not unique, nor is the raw direction")
+    J = ZOO[zoo]
+    if name == "pcgrad":
+        orders = draw_orders(len(J), torch.Generator().manual_seed(3), J.device)
+        u = functional.pcgrad(J @ J.T, orders) @ J
+        expected = torch.from_numpy(pcgrad_reference.direction(J.numpy(), orders.numpy()))
+    else:
+        u = direction(name, J, **hparams)
+        reference = importlib.import_module(f"reference.{name}")
+        expected = torch.from_numpy(reference.direction(J.numpy(), **hparams))
+    assert_close(u, expected, J, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "preference" in get_method(name).hparams])
+@pytest.mark.parametrize("zoo", ["random_3", "random_10", "conflicting_pairs", "norm_spread_1e4"])
+def test_preference_oracle(name: str, zoo: str) -> None:
+    J = ZOO[zoo]
+    p = np.random.default_rng(1).uniform(0.2, 3.0, len(J))
+    u = direction(name, J, preference=tuple(p))
+    if name == "cagrad":  # the paper's problem with the preferred mean, solved by its own optimality gap
+        mean = torch.from_numpy(p / p.sum())
+        multipliers, gap = cagrad_multipliers(J @ J.T, mean, 0.4)
+        d = (mean + multipliers) @ J
+        assert gap <= 1e-10
+        assert (d - mean @ J).norm() <= 0.4 * (mean @ J).norm() * (1 + 1e-10)
+        assert_close(u, len(J) / 1.16 * d, J)
+        return
+    expected = importlib.import_module(f"reference.{name}").direction(J.numpy(), preference=p)
+    assert_close(u, torch.from_numpy(expected), J, rtol=1e-7)
+
+
+def test_famo_oracle() -> None:
+    rng = np.random.default_rng(0)
+    ours, reference = build_method("famo", {"lr": 0.1, "weight_decay": 0.01}), famo_reference.Famo(4, 0.1, 0.01)
+    state = ours.init(4, 1, dtype=torch.float64, device=torch.device("cpu"))
+    for _ in range(30):
+        before, after = rng.uniform(0.1, 3, 4), rng.uniform(0.1, 3, 4)
+        w, state, _ = ours.weights(Stats(torch.from_numpy(before)), state, None)
+        np.testing.assert_allclose(w[0].numpy(), reference.weights(before), rtol=1e-9)
+        state = ours.observe(torch.from_numpy(after), state)
+        reference.update(before, after)
+    np.testing.assert_allclose(state["logits"].numpy(), reference.xi.detach().numpy(), rtol=1e-8)
+
+
+def test_famo_takes_the_next_losses_for_the_outcome_unless_told() -> None:
+    method = build_method("famo", {})
+    state = method.init(3, 1, dtype=torch.float64, device=torch.device("cpu"))
+    first, second = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([0.5, 1.9, 3.3]).double()
+    _, told, _ = method.weights(Stats(first), state, None)
+    told = method.observe(second, told)
+    w_told, _, _ = method.weights(Stats(second), told, None)
+    _, untold, _ = method.weights(Stats(first), state, None)
+    w_untold, _, _ = method.weights(Stats(second), untold, None)
+    assert torch.equal(w_told, w_untold)
+    assert not torch.allclose(w_told, functional.famo(second, torch.zeros(3).double()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("zoo", ZOO)
+@pytest.mark.parametrize("name", METHODS)
+def test_finite(name: str, zoo: str) -> None:
+    assert direction(name, ZOO[zoo]).isfinite().all()
+
+
+@pytest.mark.parametrize("zoo", ZOO)
+@pytest.mark.parametrize("name", METHODS)
+def test_depends_on_angles_and_norms_alone(name: str, zoo: str) -> None:
+    """u(J Q) = u(J) Q for an orthogonal Q."""
+    J = ZOO[zoo]
+    if matrices.expected_stationary(zoo) and name in ("nash_mtl", "mgda"):
+        pytest.skip("the direction there is zero up to rounding")
+    Q = torch.linalg.qr(torch.randn(J.shape[1], J.shape[1], generator=torch.Generator().manual_seed(5)).double())[0]
+    assert_close(direction(name, J @ Q), direction(name, J) @ Q, J, rtol=1e-6)
+
+
+@pytest.mark.parametrize("zoo", ZOO)
+@pytest.mark.parametrize("name", METHODS)
+def test_permutation_equivariant(name: str, zoo: str) -> None:
+    """Renaming tasks leaves the direction alone (randomised methods: with the renamed draw)."""
+    J = ZOO[zoo]
+    order = torch.randperm(len(J), generator=torch.Generator().manual_seed(2))
+    if name == "pcgrad":
+        orders = torch.from_numpy(pcgrad_reference.index_orders(len(J)))
+        inverse = order.argsort()
+        u = functional.pcgrad(J[order] @ J[order].T, inverse[orders[order]]) @ J[order]
+        assert_close(u, functional.pcgrad(J @ J.T, orders) @ J, J, rtol=1e-7)
+    else:
+        assert not get_method(name).randomized
+        assert_close(direction(name, J[order]), direction(name, J), J, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_blocks_are_the_loop_over_blocks(name: str) -> None:
+    J = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)).double()
+    whole = direction(name, J, blocks=[7, 0, 3, 20])
+    pieces = [direction(name, piece) for piece in (J[:, :7], J[:, 7:10], J[:, 10:])]
+    assert_close(whole, torch.cat(pieces), J)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_deterministic_under_a_generator(name: str) -> None:
+    J = ZOO["conflicting_pairs"]
+    torch.manual_seed(0)
+    first = direction(name, J, seed=4)
+    torch.manual_seed(1)
+    assert torch.equal(first, direction(name, J, seed=4))
+    if get_method(name).randomized:
+        assert any(not torch.equal(first, direction(name, ZOO["conflicting_pairs"], seed=s)) for s in range(5, 15))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_compiles_into_one_graph(name: str) -> None:
+    method = build_method(name, {})
+    stats = stats_of(ZOO["random_3"])
+    state = method.init(3, 1, dtype=torch.float64, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    eager = method.weights(stats, state, None)[0]
+    torch.manual_seed(0)
+    compiled = torch.compile(lambda s: method.weights(stats, s, None)[0], fullgraph=True, backend="aot_eager")(state)
+    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize(
+    ("name", "guarantee"), [(name, g) for name in METHODS for g in sorted(get_method(name).guarantees)]
+)
+@pytest.mark.parametrize("zoo", ZOO)
+def test_guarantee(name: str, guarantee: str, zoo: str) -> None:
+    J = ZOO[zoo]
+    u = direction(name, J)
+    norms = J.norm(dim=1)
+    rng = np.random.default_rng(7)
+    if guarantee == "non_conflicting":
+        assert (J @ u >= -1e-9 * norms * u.norm() - 1e-13 * norms * norms.max() * len(J)).all()
+    elif guarantee in ("simplex", "nonnegative"):
+        method = build_method(name, {})
+        state = method.init(len(J), 1, dtype=torch.float64, device=J.device)
+        w = method.weights(stats_of(J), state, torch.Generator())[0]
+        assert (w >= 0).all()
+        if guarantee == "simplex":
+            assert w.sum() == pytest.approx(1, abs=1e-12)
+    elif guarantee == "scale_invariant":
+        if solvable(name, zoo):
+            scaled = torch.from_numpy(10.0 ** rng.uniform(-3, 3, len(J)))[:, None] * J
+            other = direction(name, scaled)
+            assert_close(other / other.norm().clamp(min=1e-300), u / u.norm().clamp(min=1e-300), J / norms.max(), 1e-6)
+    elif guarantee == "linear_under_scaling":
+        a, b = (torch.from_numpy(rng.uniform(0.1, 3, len(J)))[:, None] for _ in range(2))
+        assert_close(direction(name, a * J) + direction(name, b * J), direction(name, (a + b) * J), 10 * J, 1e-7)
+    elif guarantee == "homogeneous":
+        for a in (1e-3, 7.0):
+            assert_close(direction(name, a * J), a * u, a * J, 1e-7)
+    else:
+        raise AssertionError(f"no test of {guarantee}")
+
+
+def test_every_guarantee_has_a_description() -> None:
+    assert all(get_method(name).guarantees <= GUARANTEES.keys() for name in METHODS)
+
+
+@pytest.mark.parametrize("zoo", [z for z in ZOO if not matrices.expected_stationary(z)])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_solvers_reach_their_residual(zoo: str, scale: float) -> None:
+    J = ZOO[zoo] * scale
+    G, T = J @ J.T, len(J)
+    ones = torch.ones(T, dtype=torch.float64)
+    solved = [
+        min_norm(G),
+        dual_cone(G, ones),
+        nash(G, ones),
+        *(cagrad_multipliers(G, ones / T, c) for c in (0.1, 0.4, 5.0)),
+    ]
+    for w, residual in solved:
+        assert w.isfinite().all()
+        assert residual <= 1e-8
+
+
+@pytest.mark.parametrize("T", [20, 50, 100])
+@pytest.mark.parametrize("spread", [1.0, 1e4])
+def test_many_tasks(T: int, spread: float) -> None:
+    rng = np.random.default_rng(T)
+    J = torch.from_numpy(rng.standard_normal((T, 2 * T)) * spread ** rng.uniform(-0.5, 0.5, (T, 1)))
+    J = J - 0.9 * J.mean(dim=0)
+    G, ones = J @ J.T, torch.ones(T, dtype=torch.float64)
+    for _, residual in (min_norm(G), dual_cone(G, ones), cagrad_multipliers(G, ones / T, 0.4)):
+        assert residual <= 1e-8
+    w, residual = nash(G, ones)
+    # At a spread of 1e4 these rows are within 1e-4 of Pareto stationary: G's own rounding is felt w^2-fold.
+    assert residual <= max(1e-8, 4 * torch.finfo(torch.float64).eps * T * (w.square() * G.diagonal()).max())
+    assert residual <= 1e-6
+
+
+def test_non_conflicting_at_unequal_norms() -> None:
+    """Where a regularised solver gives up: a 1e4-fold norm ratio, and gradients far below 1e-2."""
+    for ratio in (1e2, 1e4):
+        for scale in (1.0, 1e-6):
+            J = scale * torch.tensor([[ratio, 0.0], [-0.9, 0.5]], dtype=torch.float64)
+            for name in ("upgrad", "mgda", "nash_mtl"):
+                u = direction(name, J)
+                assert ((J @ u) / (J.norm(dim=1) * u.norm()) >= -1e-9).all(), name
+
+
+def test_nash_says_that_there_is_no_bargain() -> None:
+    J = ZOO["pareto_stationary"]
+    w, residual = nash(J @ J.T, torch.ones(3, dtype=torch.float64))
+    assert residual > 1e-8
+    assert w.isfinite().all()
+    assert (w @ J).norm() <= 1e-6 * J.norm()
+    assert not torch.allclose(w, w[0].expand(3))
+
+
+def test_identities() -> None:
+    for zoo in ("conflicting_2", "near_opposite", "random_2"):
+        J = ZOO[zoo]
+        assert_close(direction("pcgrad", J), 2 * direction("upgrad", J), J, 1e-7)
+        n = J.norm(dim=1)
+        closed = 1 / (n * torch.sqrt(1 + (J[0] @ J[1]) / n.prod()))
+        torch.testing.assert_close(functional.nash_mtl(J @ J.T), closed, rtol=1e-8, atol=0)
+    J = ZOO["random_5"]
+    assert_close(direction("cagrad", J, c=0.0, scale="mean"), J.mean(dim=0), J)
+    far, least = direction("cagrad", J, c=1e6), direction("mgda", J)
+    assert torch.cosine_similarity(far, least, dim=0) == pytest.approx(1, abs=1e-9)
+
+
+def test_batched_over_leading_axes() -> None:
+    J = torch.randn(2, 3, 4, 9, generator=torch.Generator().manual_seed(1)).double()
+    G = J @ J.mT
+    for name in ("mgda", "cagrad", "nash_mtl", "upgrad", "pcgrad"):
+        function = getattr(functional, name)
+        extra = {"orders": torch.from_numpy(pcgrad_reference.index_orders(4))} if name == "pcgrad" else {}
+        batched = function(G, **extra)
+        assert batched.shape == (2, 3, 4)
+        torch.testing.assert_close(batched[1, 2], function(G[1, 2], **extra))
+
+
+def test_float32_in_float32_out() -> None:
+    G = (ZOO["random_3"] @ ZOO["random_3"].T).float()
+    for name in ("mgda", "cagrad", "nash_mtl", "upgrad", "pcgrad"):
+        assert getattr(functional, name)(G).dtype == torch.float32
+    assert direction("upgrad", ZOO["random_3"].float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_step_does_not_poison_state(name: str, bad: float) -> None:
+    """Two runs, one of which meets a non-finite batch in between, agree afterwards (the random draw aside)."""
+    J = ZOO["conflicting_2"]
+    good = TaskLosses(("a", "b"), (J[0, 0], J[1, 0]), torch.tensor([1.0, 2.0]).double())
+    poisoned = TaskLosses(("a", "b"), good.outputs, torch.tensor([bad, 2.0]).double())
+    G = (J @ J.T).unsqueeze(0)
+    rules = [Rule(build_method(name, {}), name, 1, 0) for _ in range(2)]
+    for rule, batches in zip(rules, ([good, poisoned, good], [good, good]), strict=True):
+        rule.start(good.tasks, 1, torch.device("cpu"))
+        for batch in batches:
+            w, _ = rule.solve(batch, G)
+            assert w.isnan().all() if batch is poisoned else w.isfinite().all()
+    states = [dict(rule.__dict__["_state"]) for rule in rules]
+    for key in states[0]:
+        torch.testing.assert_close(states[0][key], states[1][key])
+    spoiled = G.clone()
+    spoiled[0, 0, 1] = bad
+    if Needs.GRAMIAN in rules[0].method.needs:
+        assert rules[0].solve(good, spoiled)[0].isnan().all()
+        assert rules[0].solve(good, G)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["upgrad", "pcgrad", "mgda", "cagrad"])
+def test_torchjd_agrees_where_it_is_right(name: str) -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    for zoo in ("random_2", "random_3", "random_5", "conflicting_2"):
+        J = ZOO[zoo]
+        if name == "upgrad":
+            theirs, ours = aggregation.UPGrad(), direction(name, J)
+        elif name == "mgda":
+            theirs, ours = aggregation.MGDA(epsilon=1e-10, max_iters=20000), direction(name, J)
+        elif name == "pcgrad":
+            if len(J) > 2:
+                continue  # its order is random
+            theirs, ours = aggregation.PCGrad(), direction(name, J)
+        else:
+            theirs, ours = aggregation.CAGrad(c=0.4), direction(name, J, rescale=0, scale="mean")
+        torch.testing.assert_close(ours, theirs(J), rtol=2e-3, atol=2e-3)
+
+
+def test_list_and_get() -> None:
+    assert list_methods("*grad") == sorted(n for n in METHODS if n.endswith("grad"))
+    assert {"ew", "famo"} <= set(list_methods(needs=Needs.LOSSES))
+    assert "pcgrad" in list_methods(needs=Needs.GRAMIAN)
+    for alias in ("CAGrad", "cagrad", "CA-Grad"):
+        assert get_method(alias).name == "cagrad"
+    assert get_method("Nash_MTL").name == "nash_mtl"
+    assert get_method("cagrad").hparams["c"] == 0.4
+    with pytest.raises(ValueError, match=r"no method named 'cagrat'.*Did you mean 'cagrad'"):
+        get_method("cagrat")
+    with pytest.raises(ValueError, match=r"no hyperparameter 'cc'.*'c'"):
+        build_method("cagrad", {"cc": 1})
+
+
+def test_a_duplicate_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="registered already"):
+        register("CA-Grad", paper="", venue="", heads="weighted")(get_method("cagrad").cls)
+    assert issubclass(get_method("cagrad").cls, Method)
+
+
+@pytest.mark.parametrize(
+    ("name", "hparams", "message"),
+    [
+        ("cagrad", {"c": -1.0}, "finite and >= 0"),
+        ("cagrad", {"c": math.nan}, "finite and >= 0"),
+        ("cagrad", {"rescale": 3}, "0, 1 or 2"),
+        ("cagrad", {"scale": "median"}, "'sum' or 'mean'"),
+        ("mgda", {"normalization": "l1"}, "one of"),
+        ("nash_mtl", {"preference": (1.0, -1.0)}, "positive finite"),
+        ("famo", {"lr": 0.0}, "positive"),
+        ("famo", {"weight_decay": -1.0}, ">= 0"),
+    ],
+)
+def test_hyperparameters_out_of_range_are_refused(name: str, hparams: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_method(name, hparams)
+
+
+def test_aggregate_checks_its_input() -> None:
+    J = torch.randn(3, 5)
+    with pytest.raises(ValueError, match="matrix"):
+        aggregate(J[0])
+    with pytest.raises(ValueError, match="losses must have shape"):
+        aggregate(J, "famo", losses=torch.ones(2))
+    with pytest.raises(ValueError, match="sum to the 5 columns"):
+        aggregate(J, blocks=[2, 2])
+    with pytest.raises(ValueError, match="2 entries for 3 tasks"):
+        aggregate(J, "nash_mtl", preference=(1.0, 2.0))
+
+
+def test_aggregate_is_differentiable_where_the_method_is() -> None:
+    J = ZOO["conflicting_pairs"].clone().requires_grad_()
+    orders = torch.Generator().manual_seed(0)
+    assert torch.autograd.gradcheck(lambda J: aggregate(J, "pcgrad", generator=orders.manual_seed(0)), J)
+    assert torch.autograd.gradcheck(lambda J: aggregate(J, "ew"), J)
+    with pytest.raises(RuntimeError, match="autograd"):
+        aggregate(J, "upgrad").sum().backward()
