@@ -1,0 +1,37 @@
+"""Tiny multi-task models and losses for the tests."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Toy(nn.Module):
+    """A shared trunk and a linear head a task, float64, with losses of quite different sizes."""
+
+    def __init__(self, tasks: int = 3, width: int = 6, seed: int = 0, dtype: torch.dtype = torch.float64):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.trunk = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
+        self.heads = nn.ModuleList([nn.Linear(width, 1) for _ in range(tasks)])
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        z = self.trunk(x)
+        return [head(z) for head in self.heads]
+
+    def losses(self, x: Tensor) -> list[Tensor]:
+        outputs = self(x)
+        return [((t + 1) * (y - (-1) ** t * x[:, :1] * (t + 1))).square().mean() for t, y in enumerate(outputs)]
+
+
+def batch(n: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def jacobian(model: Toy, x: Tensor) -> Tensor:
+    """Per-task gradients (T, d) of the trunk, the plain way."""
+    params = list(model.trunk.parameters())
+    return torch.stack([flat(torch.autograd.grad(model.losses(x)[t], params)) for t in range(len(model.heads))])
