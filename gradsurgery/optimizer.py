@@ -4,20 +4,19 @@ import contextlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery.engines import Engine, Measurement, make_engine
-from gradsurgery.engines.layout import Layout
-from gradsurgery.engines.scalar import split_backward, weighted_backward
-from gradsurgery.losses import Losses, TaskLosses, read_losses
+from gradsurgery.engines import Engine, make_engine
+from gradsurgery.losses import Losses
 from gradsurgery.parameters import Blocks, Parameters, SharedParams
 from gradsurgery.registry import HeadPolicy, Method, build_method, get_method, list_methods
 from gradsurgery.rule import GramianFunction, Rule
-from gradsurgery.stats import Needs, StepInfo
+from gradsurgery.stats import StepInfo
+from gradsurgery.surgery import Surgery
 
 MethodLike = str | Method | Callable[[Tensor], Tensor]
 
@@ -90,16 +89,12 @@ class MTLOptimizer(Optimizer):
                 "while blocks give each its own. Use blocks='model' or update_every=1."
             )
         self.base_opt = base_opt
-        self.info: StepInfo | None = None
-        self._engine = make_engine(engine)
-        self._parameters = Parameters(base_opt, shared_params, blocks)
-        self._heads: HeadPolicy = heads or policy
-        self._rule = Rule(rule, name, update_every, torch.initial_seed() if seed is None else seed)
-        self._layout: Layout | None = None
-        self._signature: tuple[int, ...] = ()
-        self._holding = False
-        self._held: Measurement | None = None
-        self._held_losses: TaskLosses | None = None
+        self._surgery = Surgery(
+            Rule(rule, name, update_every, torch.initial_seed() if seed is None else seed),
+            make_engine(engine),
+            Parameters(base_opt, shared_params, blocks),
+            heads or policy,
+        )
         for registry in _HOOKS:
             setattr(self, registry, OrderedDict())
         self._mark_groups()
@@ -133,15 +128,21 @@ class MTLOptimizer(Optimizer):
     def defaults(self, value: dict[str, Any]) -> None:
         self.base_opt.defaults = value
 
+    @property
+    def info(self) -> StepInfo | None:
+        """What came of the last `backward`; None before the first."""
+        return self._surgery.info
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; its parameters are shared only where shared ones are found, not named."""
         self.base_opt.add_param_group(param_group)
-        self._parameters.groups_changed()
+        self._surgery.parameters.groups_changed()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base optimizer does."""
         self.base_opt.zero_grad(set_to_none=set_to_none)
 
+    @torch._disable_dynamo
     def backward(self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None) -> StepInfo:
         """Accumulates into ``.grad``, as ``loss.backward()`` does, the direction that the method makes of the losses.
 
@@ -157,21 +158,9 @@ class MTLOptimizer(Optimizer):
         Raises:
             TypeError, ValueError: the losses cannot be used (the message says why); nothing has been changed then.
         """
-        read = read_losses(losses, self._rule.tasks)
-        grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
-        needs_rows = self._holding or Needs.GRAMIAN in self._rule.method.needs
-        if needs_rows or self._heads == "unweighted":
-            self._prepare(read)
-        self._rule.start(read.tasks, self._blocks, read.values.device)
-        if self._holding:
-            return self._hold(read, grad_scale)
-        if needs_rows and self._rule.due(read):
-            measured = self._measure(read, grad_scale)
-            self.info = self._apply(read, measured, grad_scale)
-        else:
-            self.info = self._weighted(read, grad_scale)
-        return self.info
+        return self._surgery.backward(losses, scaler)
 
+    @torch._disable_dynamo
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, losses: Losses | Callable[[], Any] | None = None, *, closure: Callable[[], Any] | None = None
     ) -> Any:
@@ -188,7 +177,7 @@ class MTLOptimizer(Optimizer):
         """
         if losses is not None and closure is not None:
             raise ValueError("step() got losses and a closure; pass one of them.")
-        if self._holding:
+        if self._surgery.holding:
             raise RuntimeError("step() inside accumulate(): the rows are still being held; step after the block.")
         given = losses if losses is not None else closure
         result = None
@@ -212,8 +201,7 @@ class MTLOptimizer(Optimizer):
         Only a method that learns from them takes notice (FAMO, whose own rule this is; without it FAMO makes do with
         the next batch's losses). It costs the caller a forward.
         """
-        values = _attach(losses)
-        self._rule.observe(read_losses(values, self._rule.tasks))
+        self._surgery.observe(losses)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -229,16 +217,14 @@ class MTLOptimizer(Optimizer):
             ...         opt.backward([loss / len(micro_batches) for loss in losses(x, y)])
             >>> opt.step()  # doctest: +SKIP
         """
-        if self._holding:
+        if self._surgery.holding:
             raise RuntimeError("accumulate() is not reentrant: a block is open already.")
-        self._holding, self._held, self._held_losses = True, None, None
-        self._held_scale: Tensor | None = None
+        self._surgery.hold()
         try:
             yield
-            if self._held is not None and self._held_losses is not None:
-                self.info = self._apply(self._held_losses, self._held, self._held_scale)
+            self._surgery.release()
         finally:
-            self._holding, self._held, self._held_losses = False, None, None
+            self._surgery.drop()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's, with the method's own under ``["param_groups"][0]["mtl"]``.
@@ -250,7 +236,7 @@ class MTLOptimizer(Optimizer):
             hook(self)
         state_dict = self.base_opt.state_dict()
         groups = [dict(group) for group in state_dict["param_groups"]]
-        groups[0]["mtl"] = self._rule.pack(self._engine.name)
+        groups[0]["mtl"] = self._surgery.rule.pack(self._surgery.engine.name)
         state_dict = {**state_dict, "param_groups": groups}
         for hook in self._hooks("_optimizer_state_dict_post_hooks"):
             changed = hook(self, state_dict)
@@ -269,17 +255,16 @@ class MTLOptimizer(Optimizer):
             state_dict = state_dict if changed is None else changed
         groups = [dict(group) for group in state_dict["param_groups"]]
         text = groups[0].pop("mtl", "") if groups else ""
-        content = self._rule.check(text) if text else None
+        content = self._surgery.rule.check(text) if text else None
         self.base_opt.load_state_dict({**state_dict, "param_groups": groups})
-        self._rule.unpack(content)
+        self._surgery.rule.unpack(content)
         self._mark_groups()
-        self._layout = None
         for hook in self._hooks("_optimizer_load_state_dict_post_hooks"):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # An LR scheduler's patch of `step` is bound to this object; flat rows are rebuilt when they are needed.
-        return {**{k: v for k, v in self.__dict__.items() if k != "step"}, "_layout": None, "_signature": ()}
+        # An LR scheduler's patch of `step` is bound to this very object.
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -287,13 +272,15 @@ class MTLOptimizer(Optimizer):
     def __getattr__(self, name: str) -> Any:
         # Public extras of the base (schedule-free's train() and eval()). GradScaler must not take the wrapper for a
         # fused optimizer and hand it the scale instead of unscaling, so nothing private or of its protocol leaks.
-        if name.startswith("_") or name in ("base_opt", "grad_scale", "found_inf"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        private = name.startswith("_") or name in ("base_opt", "grad_scale", "found_inf")
+        if private or not hasattr(self.base_opt, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
         return getattr(self.base_opt, name)
 
     def __repr__(self) -> str:
-        options = f"engine={self._engine.name}, heads={self._heads}, update_every={self._rule.update_every}"
-        return f"{type(self).__name__}({self._rule.method!r}, {options}, base_opt={self.base_opt!r})"
+        surgery = self._surgery
+        options = f"engine={surgery.engine.name}, heads={surgery.heads}, update_every={surgery.rule.update_every}"
+        return f"{type(self).__name__}({surgery.rule.method!r}, {options}, base_opt={self.base_opt!r})"
 
     def _hooks(self, registry: str) -> list[Callable[..., Any]]:
         return list(getattr(self, registry).values())
@@ -314,73 +301,6 @@ class MTLOptimizer(Optimizer):
         for hook in self._hooks("_optimizer_step_post_hooks"):
             hook(self, args, kwargs)
 
-    @property
-    def _blocks(self) -> int:
-        return 1 if self._layout is None else len(self._layout.bounds) - 1
-
-    def _prepare(self, losses: TaskLosses) -> None:
-        """Finds the shared parameters, and lays them out anew where they have changed."""
-        self._parameters.trace(losses)
-        signature = tuple(map(id, self._parameters.shared))
-        if self._layout is None or signature != self._signature:
-            layout = Layout(self._parameters.blocks())
-            if layout.device != losses.values.device:
-                raise ValueError(
-                    f"The losses sit on {losses.values.device} and the shared parameters on {layout.device}; move one "
-                    "to the other."
-                )
-            self._layout, self._signature = layout, signature
-
-    def _measure(self, losses: TaskLosses, grad_scale: Tensor | None) -> Measurement:
-        assert self._layout is not None
-        task_specific = self._parameters.task_specific()
-        return self._engine.measure(losses, self._layout, task_specific, grad_scale=grad_scale, held=self._held)
-
-    def _hold(self, losses: TaskLosses, grad_scale: Tensor | None) -> StepInfo:
-        self._held = self._measure(losses, grad_scale)
-        self._held_losses = _add(self._held_losses, losses)
-        self._held_scale = grad_scale
-        return StepInfo(losses.tasks, losses.values, None, None, None, self._engine.name)
-
-    @torch.no_grad()
-    def _apply(self, losses: TaskLosses, measured: Measurement, grad_scale: Tensor | None) -> StepInfo:
-        """Statistics, weights, ``.grad``."""
-        gramian = None
-        if Needs.GRAMIAN in self._rule.method.needs:
-            gramian = measured.gramian()
-            if grad_scale is not None:
-                gramian = gramian / grad_scale.double() ** 2
-        weights, diagnostics = self._rule.solve(losses, gramian)
-        measured.write(weights, weights.mean(dim=0) if self._heads == "weighted" else None)
-        return self._info(losses, weights, gramian, diagnostics, self._engine.name)
-
-    def _weighted(self, losses: TaskLosses, grad_scale: Tensor | None) -> StepInfo:
-        """One ordinary backward, with weights from the losses alone or from an earlier solve."""
-        diagnostics: dict[str, Tensor] = {}
-        with torch.no_grad():
-            if self._rule.due(losses):
-                weights, diagnostics = self._rule.solve(losses, None)
-            else:
-                weights = self._rule.cached()
-        if self._heads == "weighted":
-            weighted_backward(losses, weights[0], grad_scale=grad_scale)
-        else:
-            assert self._layout is not None
-            task_specific = self._parameters.task_specific()
-            split_backward(losses, weights[0], self._layout.params, task_specific, grad_scale=grad_scale)
-        return self._info(losses, weights, None, diagnostics, "weighted")
-
-    def _info(
-        self,
-        losses: TaskLosses,
-        weights: Tensor,
-        gramian: Tensor | None,
-        diagnostics: Mapping[str, Tensor],
-        engine: str,
-    ) -> StepInfo:
-        extra = dict(diagnostics)
-        return StepInfo(losses.tasks, losses.values, weights, gramian, extra.pop("residual", None), engine, extra)
-
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -400,7 +320,8 @@ def _check_base(base_opt: Optimizer) -> None:
         )
     if isinstance(base_opt, MTLOptimizer):
         raise TypeError("base_opt is an MTLOptimizer already; surgery can be wrapped around it once.")
-    parameters = inspect.signature(base_opt.step).parameters.values()
+    # The class's step: a scheduler may have patched the instance's, and hidden its signature.
+    _, *parameters = inspect.signature(type(base_opt).step).parameters.values()
     if any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
         raise TypeError(
             f"{type(base_opt).__name__}.step() needs a closure that it evaluates several times a step, each of which "
@@ -439,23 +360,3 @@ def _are_losses(result: Any) -> bool:
     if isinstance(result, Tensor):
         return result.ndim == 1
     return isinstance(result, Mapping) or (isinstance(result, Sequence) and not isinstance(result, str))
-
-
-def _attach(losses: Losses) -> Losses:
-    """Losses that need no graph, in a form that `read_losses` takes."""
-    if isinstance(losses, Tensor):
-        return losses.detach().requires_grad_()
-    if isinstance(losses, Mapping):
-        return {name: None if loss is None else cast(Tensor, _attach(loss)) for name, loss in losses.items()}
-    return [None if loss is None else cast(Tensor, _attach(loss)) for loss in losses]
-
-
-def _add(first: TaskLosses | None, second: TaskLosses) -> TaskLosses:
-    """The sum of two micro-batches' losses, without their graphs; a task is present if it is in either."""
-    total = {t: second.values[t] for t in second.present}
-    if first is not None:
-        for t in first.present:
-            total[t] = first.values[t] + total[t] if t in total else first.values[t]
-    outputs = tuple(total.get(t) for t in range(len(second.tasks)))
-    absent = torch.full_like(second.values[0], torch.nan)
-    return TaskLosses(second.tasks, outputs, torch.stack([absent if o is None else o for o in outputs]))

@@ -223,10 +223,12 @@ class Rule:
     def unpack(self, content: dict[str, Any] | None) -> None:
         """Takes over what `check` returned; None starts afresh."""
         self._reset()
-        if content is None or content["tasks"] is None:
+        if content is None:
+            return
+        self._seed = content["seed"]
+        if content["tasks"] is None:
             return
         self.tasks = tuple(content["tasks"])
-        self._seed = content["seed"]
         self._steps = content["steps"]
         self._solved_for = content["solved_for"]
         self._weights = None if content["weights"] is None else _from_json(content["weights"])

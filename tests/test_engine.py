@@ -163,7 +163,7 @@ def test_an_absent_task_drops_out_and_its_state_waits(name: str, form: str) -> N
     opt = optimizer(model, name, seed=2)
     keys = ("a", "b", "c")
     opt.backward(dict(zip(keys, model.losses(x), strict=True)))
-    before = {k: v.clone() for k, v in opt._rule._state.items()}
+    before = {k: v.clone() for k, v in opt._surgery.rule._state.items()}
     opt.zero_grad()
     partial = dict(zip(keys, model.losses(x), strict=True))
     partial = {**partial, "b": None} if form == "none" else {k: v for k, v in partial.items() if k != "b"}
@@ -171,7 +171,7 @@ def test_an_absent_task_drops_out_and_its_state_waits(name: str, form: str) -> N
     assert info.weights[0, 1] == 0
     assert info.losses[1].isnan()
     assert all(p.grad is None for p in model.heads[1].parameters())
-    for key, tensor in opt._rule._state.items():
+    for key, tensor in opt._surgery.rule._state.items():
         assert torch.equal(tensor[1], before[key][1]), key
     if get_method(name).needs.name == "GRAMIAN" and not get_method(name).randomized:
         J = jacobian(model, x)[[0, 2]]
@@ -322,7 +322,7 @@ def test_memory_formats_and_mixed_dtypes() -> None:
     trunk[2].bias.data = trunk[2].bias.data.clone()
     heads = nn.ModuleList([nn.Linear(4, 1) for _ in range(2)])
     x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
-    losses: Callable[[], list[Tensor]] = lambda: [head(trunk(x)).square().mean() for head in heads]  # noqa: E731
+    losses: Callable[[], list[Tensor]] = lambda: [head(trunk(x)).square().mean() for head in heads]
     base = torch.optim.SGD([*trunk.parameters(), *heads.parameters()], 0.0)
     opt = MTLOptimizer(base, "upgrad", trunk.parameters())
     opt.backward(losses())
@@ -364,10 +364,10 @@ def test_observe_reaches_famo() -> None:
     model, x = Toy(), batch()
     opt = optimizer(model, "famo", lr=0.01)
     opt.step(model.losses(x))
-    before = opt._rule._state["logits"].clone()
+    before = opt._surgery.rule._state["logits"].clone()
     with torch.no_grad():
         opt.observe(model.losses(x))
-    assert not torch.equal(before, opt._rule._state["logits"])
+    assert not torch.equal(before, opt._surgery.rule._state["logits"])
     unmoved = optimizer(model, "cagrad")
     unmoved.step(model.losses(x))
     unmoved.observe([1.0 * loss for loss in model.losses(x)])
@@ -377,11 +377,11 @@ def test_a_nonfinite_loss_shows_in_the_gradient_and_not_in_the_state() -> None:
     model, x = Toy(), batch()
     opt = optimizer(model, "famo")
     opt.backward(model.losses(x))
-    before = {k: v.clone() for k, v in opt._rule._state.items()}
+    before = {k: v.clone() for k, v in opt._surgery.rule._state.items()}
     opt.zero_grad()
     opt.backward([loss * (float("nan") if t == 1 else 1) for t, loss in enumerate(model.losses(x))])
     assert trunk_gradient(model).isnan().all()
-    assert all(torch.equal(before[k], v) for k, v in opt._rule._state.items())
+    assert all(torch.equal(before[k], v) for k, v in opt._surgery.rule._state.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -422,11 +422,11 @@ def test_every_float_of_j_is_written_once_and_read_twice() -> None:
     model, x = Toy(width=64), batch()
     opt = optimizer(model, "cagrad")
     opt.backward(model.losses(x))
-    d = opt._layout.bounds[-1]
-    losses, pointer = model.losses(x), opt._layout.rows(3).data_ptr()
+    d = opt._surgery.layout.bounds[-1]
+    losses, pointer = model.losses(x), opt._surgery.layout.rows(3).data_ptr()
     with Traffic(d) as traffic:
         opt.backward(losses)
-    assert opt._layout.rows(3).data_ptr() == pointer
+    assert opt._surgery.layout.rows(3).data_ptr() == pointer
     views = {"slice", "select", "t", "transpose", "as_strided", "view", "unsqueeze", "squeeze", "squeeze_", "alias"}
     moved = [name for name in traffic.operators if name not in views]
     # Written by T copies; read by one product for the Gramian and one for the direction.

@@ -1277,7 +1277,7 @@ def lightning_module(lightning, wrap, road, *, seed=0, schedule=False):
         def __init__(self):
             super().__init__()
             self.net = make_net(seed)
-            self.automatic_optimization = road in ("automatic", "combine")
+            self.automatic_optimization = road == "automatic"
 
         def configure_optimizers(self):
             self.wrapped = wrap(sgd(self.net))
@@ -1289,8 +1289,6 @@ def lightning_module(lightning, wrap, road, *, seed=0, schedule=False):
             losses = losses_of(self.net, int(batch))
             if road == "automatic":
                 return sum(losses.values())
-            if road == "combine":
-                return self.wrapped.combine(losses)
             opt = self.optimizers()
             opt.zero_grad()
             if road == "closure":
@@ -1338,18 +1336,6 @@ def test_trainer_automatic_optimisation_trains_as_the_plain_base(lightning, opti
     assert trainer.optimizers[0] is module.wrapped
     assert not torch.equal(values(module.net), values(make_net()))
     assert_same(module.net, plain.net)
-
-
-@trainer_test
-def test_trainer_automatic_optimisation_does_surgery_through_combine(lightning):
-    def wrap(base):
-        return MTLOptimizer(base, "mgda", heads="weighted")
-
-    module = lightning_module(lightning, wrap, "combine")
-    fit(lightning, module, epochs=1)
-    reference = make_net()
-    train(wrap(sgd(reference)), reference, 5)
-    assert_near(module.net, reference)
 
 
 @trainer_test

@@ -34,6 +34,11 @@ class Layout:
         self._rows: Tensor | None = None
         self._row_views: list[list[Tensor]] = []
 
+    @property
+    def blocks(self) -> int:
+        """B, their number."""
+        return len(self.bounds) - 1
+
     def rows(self, T: int) -> Tensor:
         """A (T, d) matrix kept from step to step; its gaps are zero and its rows hold what was last written."""
         if self._rows is None or len(self._rows) != T:

@@ -98,7 +98,7 @@ def nash(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.nd
     Returns:
         a (..., T) with G a = p / a on the rows that are not zero (0 on those that are), and the relative residual
         max |a_i (G a)_i / p_i - 1| (...,). It stays under 1e-8, or near a Pareto-stationary point under what rounding
-        of G leaves of it (1e-4 at most). Where it exceeds that, there is no solution: the weights are then those of the point
-        of least norm, a direction that never conflicts.
+        of G leaves of it (1e-4 at most). Where it exceeds that, there is no solution: the weights are then those of
+        the point of least norm, a direction that never conflicts.
     """
     return nash_numpy(gramian, preference)

@@ -1,0 +1,165 @@
+"""The way of one step: losses -> engine -> Stats -> method -> weights -> engine -> ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gradsurgery.engines import Engine, Measurement
+from gradsurgery.engines.layout import Layout
+from gradsurgery.engines.scalar import split_backward, weighted_backward
+from gradsurgery.losses import Losses, TaskLosses, read_losses
+from gradsurgery.parameters import Parameters
+from gradsurgery.registry import HeadPolicy
+from gradsurgery.rule import Rule
+from gradsurgery.stats import Needs, StepInfo
+
+
+class Surgery:
+    """Everything of an `MTLOptimizer` that changes from step to step.
+
+    It stands apart from the optimizer because trainers re-class or copy optimizers (Fabric's carries our methods over
+    to an object of its own): whoever calls, there is one of these.
+
+    Args:
+        rule: the method, with its state.
+        engine: how gradients are measured.
+        parameters: which are shared, in which blocks.
+        heads: what task-specific parameters see.
+    """
+
+    def __init__(self, rule: Rule, engine: Engine, parameters: Parameters, heads: HeadPolicy):
+        self.rule = rule
+        self.engine = engine
+        self.parameters = parameters
+        self.heads: HeadPolicy = heads
+        self.info: StepInfo | None = None
+        self.holding = False
+        self._held: Measurement | None = None
+        self._held_losses: TaskLosses | None = None
+        self._held_scale: Tensor | None = None
+        self._layout: Layout | None = None
+        self._signature: tuple[int, ...] = ()
+
+    @property
+    def layout(self) -> Layout:
+        """Where the shared parameters lie; there from the first step that needs them on."""
+        assert self._layout is not None
+        return self._layout
+
+    def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None) -> StepInfo:
+        """See `MTLOptimizer.backward`."""
+        read = read_losses(losses, self.rule.tasks)
+        grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
+        needs_rows = self.holding or Needs.GRAMIAN in self.rule.method.needs
+        if needs_rows or self.heads == "unweighted":
+            self._prepare(read)
+        self.rule.start(read.tasks, 1 if self._layout is None else self._layout.blocks, read.values.device)
+        if self.holding:
+            return self._hold(read, grad_scale)
+        if needs_rows and self.rule.due(read):
+            self.info = self._apply(read, self._measure(read, grad_scale), grad_scale)
+        else:
+            self.info = self._weighted(read, grad_scale)
+        return self.info
+
+    def observe(self, losses: Losses) -> None:
+        """See `MTLOptimizer.observe`."""
+        self.rule.observe(read_losses(_attach(losses), self.rule.tasks))
+
+    def hold(self) -> None:
+        """From now on, `backward` only adds to the rows."""
+        self.drop()
+        self.holding = True
+
+    def release(self) -> None:
+        """Operates on the rows held, if there are any."""
+        if self._held is not None and self._held_losses is not None:
+            self.info = self._apply(self._held_losses, self._held, self._held_scale)
+
+    def drop(self) -> None:
+        """Forgets the rows held."""
+        self.holding, self._held, self._held_losses, self._held_scale = False, None, None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Flat rows are rebuilt when they are needed, and nothing of a graph leaves the process.
+        return {**self.__dict__, "_layout": None, "_signature": (), "_held": None, "_held_losses": None}
+
+    def _prepare(self, losses: TaskLosses) -> None:
+        """Finds the shared parameters, and lays them out anew where they have changed."""
+        self.parameters.trace(losses)
+        signature = tuple(map(id, self.parameters.shared))
+        if self._layout is None or signature != self._signature:
+            layout = Layout(self.parameters.blocks())
+            if layout.device != losses.values.device:
+                raise ValueError(
+                    f"The losses sit on {losses.values.device} and the shared parameters on {layout.device}; move one "
+                    "to the other."
+                )
+            self._layout, self._signature = layout, signature
+
+    def _measure(self, losses: TaskLosses, grad_scale: Tensor | None) -> Measurement:
+        task_specific = self.parameters.task_specific()
+        return self.engine.measure(losses, self.layout, task_specific, grad_scale=grad_scale, held=self._held)
+
+    def _hold(self, losses: TaskLosses, grad_scale: Tensor | None) -> StepInfo:
+        self._held = self._measure(losses, grad_scale)
+        self._held_losses = _add(self._held_losses, losses)
+        self._held_scale = grad_scale
+        return StepInfo(losses.tasks, losses.values, None, None, None, self.engine.name)
+
+    @torch.no_grad()
+    def _apply(self, losses: TaskLosses, measured: Measurement, grad_scale: Tensor | None) -> StepInfo:
+        gramian = None
+        if Needs.GRAMIAN in self.rule.method.needs:
+            gramian = measured.gramian()
+            if grad_scale is not None:
+                gramian = gramian / grad_scale.double() ** 2
+        weights, diagnostics = self.rule.solve(losses, gramian)
+        measured.write(weights, weights.mean(dim=0) if self.heads == "weighted" else None)
+        return _info(losses, weights, gramian, diagnostics, self.engine.name)
+
+    def _weighted(self, losses: TaskLosses, grad_scale: Tensor | None) -> StepInfo:
+        """One ordinary backward, with weights from the losses alone or from an earlier solve."""
+        diagnostics: dict[str, Tensor] = {}
+        with torch.no_grad():
+            if self.rule.due(losses):
+                weights, diagnostics = self.rule.solve(losses, None)
+            else:
+                weights = self.rule.cached()
+        if self.heads == "weighted":
+            weighted_backward(losses, weights[0], grad_scale=grad_scale)
+        else:
+            task_specific = self.parameters.task_specific()
+            split_backward(losses, weights[0], self.layout.params, task_specific, grad_scale=grad_scale)
+        return _info(losses, weights, None, diagnostics, "weighted")
+
+
+def _info(
+    losses: TaskLosses, weights: Tensor, gramian: Tensor | None, diagnostics: Mapping[str, Tensor], engine: str
+) -> StepInfo:
+    extra = dict(diagnostics)
+    return StepInfo(losses.tasks, losses.values, weights, gramian, extra.pop("residual", None), engine, extra)
+
+
+def _attach(losses: Losses) -> Losses:
+    """Losses that need no graph, in a form that `read_losses` takes."""
+    if isinstance(losses, Tensor):
+        return losses.detach().requires_grad_()
+    if isinstance(losses, Mapping):
+        return {name: None if loss is None else cast(Tensor, _attach(loss)) for name, loss in losses.items()}
+    return [None if loss is None else cast(Tensor, _attach(loss)) for loss in losses]
+
+
+def _add(first: TaskLosses | None, second: TaskLosses) -> TaskLosses:
+    """The sum of two micro-batches' losses, without their graphs; a task is present if it is in either."""
+    total = {t: second.values[t] for t in second.present}
+    if first is not None:
+        for t in first.present:
+            total[t] = first.values[t] + total[t] if t in total else first.values[t]
+    outputs = tuple(total.get(t) for t in range(len(second.tasks)))
+    absent = torch.full_like(second.values[0], torch.nan)
+    return TaskLosses(second.tasks, outputs, torch.stack([absent if o is None else o for o in outputs]))
