@@ -124,9 +124,7 @@ def test_a_named_stranger_is_named() -> None:
 def test_no_shared_parameter_is_found() -> None:
     model = Toy()
     opt = MTLOptimizer(torch.optim.SGD(model.heads.parameters(), 0.1), "cagrad")
-    with pytest.raises(
-        ValueError, match="No parameter of the base optimizer is reached by more than one of the 3"
-    ):
+    with pytest.raises(ValueError, match="No parameter of the base optimizer is reached by more than one of the 3"):
         opt.step(model.losses(batch()))
 
 

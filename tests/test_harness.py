@@ -284,10 +284,19 @@ def test_mistakes_are_told_before_anything_is_trained(tmp_path: Path) -> None:
     assert "device" in options_error(out, device="abacus")
     assert "at least one name" in options_error(out, method=())
     assert not out.exists()
+    out.touch()
+    assert "is a file" in options_error(out)
+
+
+def test_surgery_by_blocks(tmp_path: Path) -> None:
+    for blocks in ("model", "tensor", "module"):
+        benchmark = replace(waves(), epochs=1, shared=HPS.shared_parameters)
+        run, _ = train(benchmark, Surgery("cagrad", blocks=blocks), tmp_path / blocks)
+        assert {"weight/sine", "weight/square", "cosine/sine, square"} <= run.trace[-1].keys()
 
 
 def test_hparams_reach_the_methods_that_have_them(tmp_path: Path) -> None:
-    options = Options(method=("ew", "CAGrad"), hparam=("c=0.7",), out=tmp_path / "out", device="cpu")
-    compare(replace(waves(), epochs=1), options)
+    options = Options(method=("ew", "CAGrad"), hparam=("c=0.7",), blocks="module", out=tmp_path / "out", device="cpu")
+    compare(replace(waves(), epochs=1, shared=HPS.shared_parameters), options)
     saved = {n: checkpoint.load(tmp_path / f"out/{n}-seed0/checkpoint.pt")["settings"] for n in ("ew", "cagrad")}
     assert saved["ew"]["hparams"] == {} and saved["cagrad"]["hparams"] == {"c": 0.7}
