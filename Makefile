@@ -7,6 +7,9 @@ PACKAGES := gradsurgery architectures recipes
 # An editable install links file by file: a folder that gains or loses a file installs anew.
 FOLDERS := $(shell find $(PACKAGES) -type d -not -name __pycache__)
 
+# Two OpenMP threads that spin for each other make a step ten times slower on cores that are shared with others.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/installed

@@ -182,12 +182,13 @@ def test_an_absent_task_drops_out_and_its_state_waits(name: str, form: str) -> N
 
 @pytest.mark.parametrize("name", list_methods())
 @pytest.mark.parametrize("heads", ["weighted", "unweighted"])
-def test_accumulated_micro_batches_equal_the_batch(name: str, heads: str) -> None:
+@pytest.mark.parametrize("blocks", ["model", "tensor"])
+def test_accumulated_micro_batches_equal_the_batch(name: str, heads: str, blocks: str) -> None:
     model, x = Toy(), batch(12)
     whole = copy.deepcopy(model)
-    reference = optimizer(whole, name, heads=heads, seed=0)
+    reference = optimizer(whole, name, heads=heads, blocks=blocks, seed=0)
     reference.backward(whole.losses(x))
-    opt = optimizer(model, name, heads=heads, seed=0)
+    opt = optimizer(model, name, heads=heads, blocks=blocks, seed=0)
     with opt.accumulate():
         for piece in x.split(4):
             held = opt.backward([loss / 3 for loss in model.losses(piece)])

@@ -22,7 +22,7 @@ class Measurement(abc.ABC):
         """Accumulates into ``.grad``, as ``loss.backward()`` does.
 
         Args:
-            weights: (B, T), of the shared parameters.
+            weights: (B, T), of the shared parameters, or (1, T) for the same in all blocks.
             head_weights: (T,), of the task-specific parameters; None leaves their gradients raw.
         """
 

@@ -1,12 +1,27 @@
 """Where each shared parameter lies in a flat row of gradients."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # Elements. Every parameter starts on a boundary that vectorised kernels like; the gaps stay zero.
 ALIGNMENT = 32
+# Elements. On the CPU a direction is made in pieces of this size: malloc returns a larger block to the system when it
+# is freed, and faulting it in again costs three times the arithmetic.
+PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive parameters of one block: columns ``start`` to ``stop``, parameters ``first`` to ``last``."""
+
+    block: int
+    start: int
+    stop: int
+    first: int
+    last: int
 
 
 class Layout:
@@ -17,6 +32,7 @@ class Layout:
         bounds: B + 1 ends of the blocks, in elements.
         dtype: of a row: the widest among the parameters.
         device: of all of them.
+        pieces: runs of parameters within a block, in which directions are made.
     """
 
     def __init__(self, blocks: Sequence[Sequence[Tensor]]):
@@ -31,8 +47,23 @@ class Layout:
                 self._places.append((p.shape, _strides(p), offset))
                 offset += -(-p.numel() // ALIGNMENT) * ALIGNMENT
             self.bounds.append(offset)
+        self.pieces = self._cut(blocks)
         self._rows: Tensor | None = None
         self._row_views: list[list[Tensor]] = []
+
+    def _cut(self, blocks: Sequence[Sequence[Tensor]]) -> list[Piece]:
+        limit = PIECE if self.device.type == "cpu" else self.bounds[-1]
+        ends = [*(offset for _, _, offset in self._places), self.bounds[-1]]
+        pieces, first = [], 0
+        for b, block in enumerate(blocks):
+            stop_block = first + len(block)
+            while first < stop_block:
+                last = first + 1
+                while last < stop_block and ends[last + 1] - ends[first] <= limit:
+                    last += 1
+                pieces.append(Piece(b, ends[first], ends[last], first, last))
+                first = last
+        return pieces
 
     @property
     def blocks(self) -> int:
@@ -51,10 +82,11 @@ class Layout:
         self.rows(T)
         return self._row_views
 
-    def views(self, row: Tensor) -> list[Tensor]:
-        """The P pieces of a row (d,), each in its parameter's shape and memory order."""
-        start = row.storage_offset()
-        return [row.as_strided(shape, stride, start + offset) for shape, stride, offset in self._places]
+    def views(self, row: Tensor, piece: Piece | None = None) -> list[Tensor]:
+        """What a row (d,), or that piece of one, holds of each parameter, in its shape and memory order."""
+        places = self._places if piece is None else self._places[piece.first : piece.last]
+        start = row.storage_offset() - (0 if piece is None else piece.start)
+        return [row.as_strided(shape, stride, start + offset) for shape, stride, offset in places]
 
 
 def _strides(p: Tensor) -> tuple[int, ...]:

@@ -48,10 +48,15 @@ class Rows(Measurement):
         return kernels.gramian(self._complete(), self._layout.bounds)
 
     def write(self, weights: Tensor, head_weights: Tensor | None) -> None:
-        direction = kernels.combine(weights, self._complete(), self._layout.bounds)
-        views = self._layout.views(direction)
-        reached = zip(self._layout.params, views, self._reached, strict=True)
-        _accumulate([(p, view) for p, view, seen in reached if seen])
+        rows = self._complete()
+        for piece in self._layout.pieces:
+            columns = rows[:, piece.start : piece.stop]
+            block = piece.block if len(weights) > 1 else 0
+            direction = kernels.combine(weights[block : block + 1], columns, [0, columns.shape[1]])
+            views = self._layout.views(direction, piece)
+            span = slice(piece.first, piece.last)
+            reached = zip(self._layout.params[span], views, self._reached[span], strict=True)
+            _accumulate([(p, view) for p, view, seen in reached if seen])
         for task, own in enumerate(self._own):
             if own:
                 weight = 1.0 if head_weights is None else head_weights[task]

@@ -157,7 +157,7 @@ def _build(benchmark: Benchmark, surgery: Surgery, seed: int, device: torch.devi
     model = benchmark.model(tuple(benchmark.tasks)).to(device)
     names = {id(p): name for name, p in model.named_parameters()}
     shared = None if benchmark.shared is None else [(names[id(p)], p) for p in benchmark.shared(model)]
-    optimizer = surgery.wrap(benchmark.optimizer(model.parameters()), shared, seed)
+    optimizer = surgery.wrap(benchmark.optimizer(model.named_parameters()), shared, seed)
     return _Parts(model, optimizer, benchmark.scheduler and benchmark.scheduler(optimizer))
 
 
