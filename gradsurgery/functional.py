@@ -39,7 +39,8 @@ def aggregate(
         **hparams: the method's hyperparameters.
 
     Returns:
-        (d,), the direction that takes the place of the gradient, in the dtype of ``jacobian``. Differentiable in
+        (d,), the direction that takes the place of the gradient, in the dtype of ``jacobian``; NaN where ``jacobian``
+        or ``losses`` is not finite, or the square of a gradient's norm leaves the range of its dtype. Differentiable in
         ``jacobian`` where the method is (`ew`, `famo`, `pcgrad`); backward through a solver raises.
 
     Raises:
@@ -63,7 +64,9 @@ def aggregate(
         raise ValueError(f"blocks must be sizes >= 0 that sum to the {d} columns of jacobian; got {sizes}.")
     bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
     rule = build_method(method, hparams)
-    gramian = kernels.gramian(jacobian, bounds) if Needs.GRAMIAN in rule.needs else None
     state = rule.init(T, len(sizes), dtype=torch.float64, device=jacobian.device)
-    w, _, _ = rule.weights(Stats(losses.double(), gramian), state, generator)
-    return kernels.combine(w, jacobian, bounds)
+    with torch.autocast(jacobian.device.type, enabled=False):
+        gramian = kernels.gramian(jacobian, bounds) if Needs.GRAMIAN in rule.needs else None
+        stats, finite = Stats(losses.double(), gramian).sanitized()
+        w, _, _ = rule.weights(stats, state, generator)
+        return kernels.combine(torch.where(finite, w, torch.nan), jacobian, bounds)

@@ -32,12 +32,13 @@ class TaskLosses:
         return [t for t, output in enumerate(self.outputs) if output is not None]
 
 
-def read_losses(losses: Losses, tasks: tuple[str, ...] | None) -> TaskLosses:
+def read_losses(losses: Losses, tasks: tuple[str, ...] | None, *, graph: bool = True) -> TaskLosses:
     """Checks losses and lines them up with the tasks known so far.
 
     Args:
         losses: T scalars: a sequence or mapping (None, or a missing key, for an absent task), or a vector (T,).
         tasks: names from an earlier batch, or None at the first.
+        graph: whether the losses are to be differentiated, and must have a graph.
 
     Raises:
         TypeError: not one of those forms, or an entry is no tensor.
@@ -45,11 +46,13 @@ def read_losses(losses: Losses, tasks: tuple[str, ...] | None) -> TaskLosses:
             other than those known.
     """
     if isinstance(losses, Tensor):
-        given = _from_vector(losses)
+        given = _from_vector(losses, graph)
     elif isinstance(losses, Mapping):
-        given = {str(name): _check(str(name), loss) for name, loss in losses.items()}
+        given = {str(name): _check(str(name), loss, graph) for name, loss in losses.items()}
+        if len(given) < len(losses):
+            raise ValueError(f"Task names must differ as text; got {list(losses)}.")
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
-        given = {str(t): _check(str(t), loss) for t, loss in enumerate(losses)}
+        given = {str(t): _check(str(t), loss, graph) for t, loss in enumerate(losses)}
     else:
         raise TypeError(f"losses must be a sequence, a mapping or a 1-D tensor of losses; got {type(losses).__name__}.")
     if not given:
@@ -61,7 +64,7 @@ def read_losses(losses: Losses, tasks: tuple[str, ...] | None) -> TaskLosses:
     return TaskLosses(known, outputs, values)
 
 
-def _from_vector(losses: Tensor) -> dict[str, Output]:
+def _from_vector(losses: Tensor, graph: bool) -> dict[str, Output]:
     """A vector's entries. What `torch.stack` joined is taken apart again, since a gradient that passes through the
     joint sends zeros down every other task's head (and 0 * inf = NaN with them)."""
     if losses.ndim != 1:
@@ -69,9 +72,11 @@ def _from_vector(losses: Tensor) -> dict[str, Output]:
             f"losses is one tensor of shape {tuple(losses.shape)}; surgery needs a loss a task: pass a list or dict of "
             "scalar losses, or a 1-D tensor."
         )
-    checked = {str(t): _check(f"{t}", loss) for t, loss in enumerate(losses.unbind())}
+    with torch.enable_grad():
+        checked = {str(t): _check(f"{t}", loss, graph) for t, loss in enumerate(losses.unbind())}
     node = losses.grad_fn
-    if node is None or node.name() != "StackBackward0":
+    # Hooks on the joint are the user's, and must see what passes.
+    if node is None or node.name() != "StackBackward0" or losses._backward_hooks or losses.retains_grad:
         return checked  # pyright: ignore[reportReturnType]
     edges = [GradientEdge(parent, nr) for parent, nr in node.next_functions if parent is not None]
     if len(edges) != len(losses) or any(edge.node.name() == "struct torch::autograd::AccumulateGrad" for edge in edges):
@@ -79,7 +84,7 @@ def _from_vector(losses: Tensor) -> dict[str, Output]:
     return dict(zip(checked, edges, strict=True))
 
 
-def _check(name: str, loss: Tensor | None) -> Tensor | None:
+def _check(name: str, loss: Tensor | None, graph: bool) -> Tensor | None:
     if loss is None:
         return None
     if not isinstance(loss, Tensor):
@@ -90,7 +95,7 @@ def _check(name: str, loss: Tensor | None) -> Tensor | None:
         )
     if not loss.is_floating_point():
         raise ValueError(f"The loss of task {name!r} has dtype {loss.dtype}; a loss must be a real floating number.")
-    if not loss.requires_grad:
+    if graph and not loss.requires_grad:
         raise ValueError(
             f"The loss of task {name!r} has no graph (requires_grad is False): it was detached, computed under "
             "torch.no_grad(), or depends on no parameter. Pass None if the task is absent from this batch."

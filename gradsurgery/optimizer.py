@@ -83,6 +83,8 @@ class MTLOptimizer(Optimizer):
             raise ValueError(f"heads must be 'unweighted', 'weighted' or None; got {heads!r}.")
         if not isinstance(update_every, int) or update_every < 1:
             raise ValueError(f"update_every must be a whole number of steps, 1 or more; got {update_every!r}.")
+        if seed is not None and not isinstance(seed, int):
+            raise TypeError(f"seed must be a whole number or None; got {seed!r}.")
         if update_every > 1 and blocks != "model":
             raise ValueError(
                 f"update_every={update_every} takes one weighted backward between solves, which has one weight a task, "
@@ -90,10 +92,9 @@ class MTLOptimizer(Optimizer):
             )
         self.base_opt = base_opt
         self._surgery = Surgery(
-            Rule(rule, name, update_every, torch.initial_seed() if seed is None else seed),
+            Rule(rule, name, update_every, torch.initial_seed() if seed is None else seed, heads or policy),
             make_engine(engine),
             Parameters(base_opt, shared_params, blocks),
-            heads or policy,
         )
         for registry in _HOOKS:
             setattr(self, registry, OrderedDict())
@@ -136,7 +137,6 @@ class MTLOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; its parameters are shared only where shared ones are found, not named."""
         self.base_opt.add_param_group(param_group)
-        self._surgery.parameters.groups_changed()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base optimizer does."""
@@ -279,7 +279,7 @@ class MTLOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         surgery = self._surgery
-        options = f"engine={surgery.engine.name}, heads={surgery.heads}, update_every={surgery.rule.update_every}"
+        options = f"engine={surgery.engine.name}, heads={surgery.rule.heads}, update_every={surgery.rule.update_every}"
         return f"{type(self).__name__}({surgery.rule.method!r}, {options}, base_opt={self.base_opt!r})"
 
     def _hooks(self, registry: str) -> list[Callable[..., Any]]:
@@ -351,9 +351,10 @@ def _make_method(
         known = [get_method(name) for name in list_methods()]
         found = next((info for info in known if info.cls is type(method)), None)
         return (method, found.name, found.heads) if found else (method, type(method).__qualname__, "unweighted")
-    if callable(method):
+    if callable(method) and not isinstance(method, type):
         return GramianFunction(method), getattr(method, "__qualname__", type(method).__name__), "unweighted"
-    raise TypeError(f"method must be a name, a Method or a function of Gramians; got {type(method).__name__}.")
+    got = f"the class {method.__name__}: make one of it" if isinstance(method, type) else type(method).__name__
+    raise TypeError(f"method must be a name, a Method or a function of Gramians; got {got}.")
 
 
 def _are_losses(result: Any) -> bool:

@@ -31,9 +31,12 @@ class Parameters:
         self._blocks = blocks if isinstance(blocks, str) else [list(block) for block in blocks]
         self._found: list[Tensor] | None = None
         self._traced: set[str] = set()
+        self._flags: tuple[tuple[int, bool], ...] = ()
         self._foreign: list[Tensor] = []
         if isinstance(blocks, str) and blocks not in ("model", "tensor", "module"):
             raise ValueError(f"blocks must be 'model', 'tensor', 'module' or lists of parameters; got {blocks!r}.")
+        if any(isinstance(block, Tensor) for block in self._blocks):
+            raise ValueError("blocks is a flat list of tensors; pass a list of lists, one a block.")
         if blocks == "module" and self._named is not None:
             self._module_blocks(self._named)
 
@@ -42,7 +45,7 @@ class Parameters:
         for entry in shared:
             if isinstance(entry, tuple):
                 name, p = entry
-                self._names.setdefault(id(p), name)
+                self._names.setdefault(p, name)
             else:
                 p = entry
             if not isinstance(p, Tensor):
@@ -63,19 +66,22 @@ class Parameters:
         return list(given.values())
 
     def _describe(self, p: Tensor) -> str:
-        return f"{self._names.get(id(p), 'unnamed')} {tuple(p.shape)}"
-
-    def groups_changed(self) -> None:
-        """The base optimizer has new parameters: look again for shared ones."""
-        self._found = None
-        self._traced.clear()
+        return f"{self._names.get(p, 'unnamed')} {tuple(p.shape)}"
 
     def trace(self, losses: TaskLosses) -> None:
-        """Learns from the graphs of tasks not seen before what their losses reach.
+        """Learns from their graphs what the losses reach: once a task, and again when the base optimizer's parameters
+        or their ``requires_grad`` change. Where parameters outside it were found, every batch is looked at, since only
+        the graph tells which of those are in use.
 
         Raises:
-            ValueError: shared parameters are to be found, and a task is absent or none is shared.
+            ValueError: shared parameters are to be found, and a task is absent, the losses are the entries of one
+                vector, or no parameter is shared.
         """
+        flags = tuple((id(p), p.requires_grad) for p in _base_parameters(self._base))
+        if flags != self._flags or self._foreign:
+            self._traced.clear()
+        if flags != self._flags:
+            self._found, self._flags = None, flags
         new = [t for t in losses.present if losses.tasks[t] not in self._traced]
         if not new:
             return
@@ -87,6 +93,7 @@ class Parameters:
             )
         reached = {t: leaves(losses.outputs[t]) for t in new}
         if self._named is None and self._found is None:
+            _check_separate([losses.outputs[t] for t in new])
             self._found = self._find([reached[t] for t in new])
         known = {id(p) for p in _base_parameters(self._base)} | {id(p) for p in self._foreign}
         for leaf in {id(p): p for found in reached.values() for p in found.values()}.values():
@@ -113,6 +120,12 @@ class Parameters:
         """
         everything = self._named if self._named is not None else (self._found or [])
         active = [p for p in everything if p.requires_grad]
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in active):
+            raise ValueError(
+                "A shared parameter has a post-accumulate-grad hook (optimizer-in-backward, perhaps), which fires in "
+                "an ordinary backward only: under surgery it would run on the wrong gradient, or never. Remove it, and "
+                "step after opt.backward(losses)."
+            )
         if not active:
             raise ValueError("Every shared parameter is frozen (requires_grad is False); unfreeze some.")
         return active
@@ -141,7 +154,7 @@ class Parameters:
     def _module_blocks(self, shared: list[Tensor]) -> list[list[Tensor]]:
         modules: dict[str, list[Tensor]] = {}
         for p in shared:
-            name = self._names.get(id(p))
+            name = self._names.get(p)
             if name is None:
                 raise ValueError(
                     "blocks='module' groups parameters by the module in their name, and these have none: build the "
@@ -154,12 +167,13 @@ class Parameters:
         wanted = {id(p) for p in shared}
         blocks = [[p for p in block if id(p) in wanted] for block in self._blocks if not isinstance(block, str)]
         listed = [id(p) for block in blocks for p in block]
-        if missing := [p for p in shared if id(p) not in listed]:
+        covered = set(listed)
+        if missing := [p for p in shared if id(p) not in covered]:
             raise ValueError(
                 f"{len(missing)} shared parameters are in no block; the first: {self._describe(missing[0])}. List each "
                 "exactly once, or use blocks='model', 'tensor' or 'module'."
             )
-        if len(listed) != len(set(listed)):
+        if len(listed) != len(covered):
             raise ValueError("A shared parameter is in two blocks; list each exactly once.")
         return [block for block in blocks if block]
 
@@ -174,9 +188,8 @@ def leaves(output: Output | None) -> dict[int, Tensor]:
     stack = [root]
     while stack:
         node = stack.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found[id(variable)] = variable
+        if node.name().endswith("AccumulateGrad"):
+            found[id(node.variable)] = node.variable  # pyright: ignore[reportAttributeAccessIssue]
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
@@ -188,9 +201,30 @@ def _base_parameters(base_opt: Optimizer) -> list[Tensor]:
     return [p for group in base_opt.param_groups for p in group["params"]]
 
 
-def _optimizer_names(base_opt: Optimizer) -> dict[int, str]:
+def _check_separate(outputs: Sequence[Output | None]) -> None:
+    """Through a common vector, every entry reaches all that any reaches: nothing tells the tasks apart."""
+    joints = [_joint(output) for output in outputs]
+    if len({node for node in joints if node is not None}) < sum(node is not None for node in joints):
+        raise ValueError(
+            "The losses are entries of one vector, in whose graph each reaches every parameter of all the others, so "
+            "shared parameters cannot be found. Pass the losses as a list (or torch.stack of it) before any other "
+            "operation on the vector, or pass shared_params."
+        )
+
+
+def _joint(output: Output | None) -> Node | None:
+    """The vector's node, if a loss was picked out of one."""
+    node = output.node if isinstance(output, GradientEdge) else None if output is None else output.grad_fn
+    while node is not None and node.name().startswith(("Squeeze", "View", "Unsqueeze", "Reshape")):
+        node = node.next_functions[0][0]
+    if node is not None and node.name().startswith("Select"):
+        return node.next_functions[0][0]
+    return node if node is not None and node.name().startswith("Unbind") else None
+
+
+def _optimizer_names(base_opt: Optimizer) -> dict[Tensor, str]:
     return {
-        id(p): name
+        p: name
         for group in base_opt.param_groups
         for name, p in zip(group.get("param_names", ()), group["params"], strict=False)
     }

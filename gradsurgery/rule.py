@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from gradsurgery.losses import TaskLosses
-from gradsurgery.registry import Method, ObservingMethod, State
+from gradsurgery.registry import HeadPolicy, Method, ObservingMethod, State
 from gradsurgery.stats import Needs, Stats
 
 FORMAT = 1
@@ -44,10 +44,11 @@ class GramianFunction(Method):
 class Rule:
     """The mutable half of a method, which is all that a checkpoint has to keep."""
 
-    def __init__(self, method: Method, name: str, update_every: int, seed: int):
+    def __init__(self, method: Method, name: str, update_every: int, seed: int, heads: HeadPolicy = "unweighted"):
         self.method = method
         self.name = name
         self.update_every = update_every
+        self.heads: HeadPolicy = heads
         self.tasks: tuple[str, ...] | None = None
         self._seed = seed
         self._reset()
@@ -57,6 +58,7 @@ class Rule:
         self._state: State = {}
         self._weights: Tensor | None = None
         self._solved_for: list[int] = []
+        self._finite: Tensor | None = None
         self._steps = 0
         self._random: bytes | None = None
         self._generator: Generator | None = None
@@ -99,18 +101,32 @@ class Rule:
         self._random = None
 
     def due(self, losses: TaskLosses) -> bool:
-        """Whether weights must be solved for now: every ``update_every`` steps, or when a task is back."""
+        """Whether weights must be solved for now: every ``update_every`` steps, after a solve that failed on numbers
+        that were not finite, or when a task is back."""
         return (
             self._weights is None
             or self._steps % self.update_every == 0
             or not set(losses.present) <= set(self._solved_for)
+            or (self._finite is not None and not bool(self._finite))
         )
 
-    def cached(self) -> Tensor:
-        """The weights of the last solve, for a step in between."""
+    def settled(self, losses: TaskLosses) -> bool:
+        """Whether the weights at hand serve this and any other batch of the same step."""
+        return not self.due(losses) and len(self._solved_for) == len(losses.tasks)
+
+    def cached(self, *, count: bool = True) -> Tensor:
+        """The weights of the last solve, for a step in between, which is counted."""
         assert self._weights is not None
-        self._steps += 1
-        return self._weights
+        self._steps += count
+        return self._weights.clone()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` needs to undo a solve whose step failed."""
+        return {**self.__dict__, "_state": dict(self._state)}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Back to `snapshot`; random numbers drawn since stay drawn."""
+        self.__dict__.update(snapshot)
 
     def solve(self, losses: TaskLosses, gramian: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """New weights (B, T), 0 for an absent task, and the method's diagnostics.
@@ -118,25 +134,22 @@ class Rule:
         Where a loss, the Gramian or what the method makes of them is not finite, the weights are NaN (so that an AMP
         scaler skips the step, as it would without surgery) and the state stays as it was.
         """
-        T = len(losses.tasks)
-        present = losses.present
-        index = None if len(present) == T else torch.tensor(present, device=losses.values.device)
-        values, before = losses.values, self._state
+        T, index, before = len(losses.tasks), _index(losses), self._state
+        values = losses.values
         if index is not None:
             values = values[index]
             gramian = None if gramian is None else gramian[:, index][:, :, index]
             before = {key: self._take(key, tensor, index) for key, tensor in self._state.items()}
-        finite = values.isfinite().all() if gramian is None else values.isfinite().all() & gramian.isfinite().all()
-        safe = torch.where(finite, values, 1.0)
-        if gramian is not None:
-            gramian = torch.where(finite, gramian, torch.eye(len(present), dtype=gramian.dtype, device=gramian.device))
-        w, after, diagnostics = self.method.weights(Stats(safe, gramian), before, self._generator)
+        stats, finite = Stats(values, gramian).sanitized()
+        w, after, diagnostics = self.method.weights(stats, before, self._generator)
         finite = self._keep(before, after, finite & w.isfinite().all(), index)
         if index is not None:
             w = w.new_zeros(len(w), T).index_copy_(1, index, w)
         previous = torch.ones_like(w) if self._weights is None else self._weights
         self._weights = torch.where(finite, w, previous)
-        self._solved_for, self._steps = present, self._steps + 1
+        # Only a schedule ever asks again, and must not settle on a failed solve.
+        self._finite = finite if self.update_every > 1 else None
+        self._solved_for, self._steps = losses.present, self._steps + 1
         return torch.where(finite, w, torch.nan), diagnostics
 
     def _keep(self, before: State, after: State, finite: Tensor, index: Tensor | None) -> Tensor:
@@ -153,9 +166,7 @@ class Rule:
         """Tells the method what the step led to."""
         if not isinstance(self.method, ObservingMethod) or self.tasks is None:
             return
-        present = losses.present
-        index = None if len(present) == len(losses.tasks) else torch.tensor(present, device=losses.values.device)
-        values, before = losses.values, self._state
+        index, values, before = _index(losses), losses.values, self._state
         if index is not None:
             values = values[index]
             before = {key: self._take(key, tensor, index) for key, tensor in self._state.items()}
@@ -189,11 +200,13 @@ class Rule:
             "method": self.name,
             "hparams": _hparams(self.method),
             "update_every": self.update_every,
+            "heads": self.heads,
             "engine": engine,
             "tasks": self.tasks,
             "seed": self._seed,
             "steps": self._steps,
             "solved_for": self._solved_for,
+            "finite": self._finite is None or bool(self._finite),
             "weights": None if self._weights is None else _to_json(self._weights),
             "state": {key: _to_json(tensor) for key, tensor in self._state.items()},
             "random": None if random is None else base64.b64encode(random).decode(),
@@ -207,7 +220,12 @@ class Rule:
             ValueError: it was written by another method, with other hyperparameters or tasks, or by a newer format.
         """
         content = json.loads(text)
-        mine = {"method": self.name, "hparams": _hparams(self.method), "update_every": self.update_every}
+        mine = {
+            "method": self.name,
+            "hparams": _hparams(self.method),
+            "update_every": self.update_every,
+            "heads": self.heads,
+        }
         if content.get("format") != FORMAT:
             raise ValueError(f"The checkpoint has format {content.get('format')!r}; this version reads {FORMAT}.")
         for key, value in mine.items():
@@ -231,6 +249,7 @@ class Rule:
         self.tasks = tuple(content["tasks"])
         self._steps = content["steps"]
         self._solved_for = content["solved_for"]
+        self._finite = None if content["finite"] else torch.tensor(False)
         self._weights = None if content["weights"] is None else _from_json(content["weights"])
         self._state = {key: _from_json(entry) for key, entry in content["state"].items()}
         self._random = None if content["random"] is None else base64.b64decode(content["random"])
@@ -238,6 +257,12 @@ class Rule:
     def __getstate__(self) -> dict[str, Any]:
         random = self._random if self._generator is None else self._generator.get_state().numpy().tobytes()
         return {**self.__dict__, "_random": random, "_generator": None}
+
+
+def _index(losses: TaskLosses) -> Tensor | None:
+    """Positions of the present tasks, or None where all are."""
+    present = losses.present
+    return None if len(present) == len(losses.tasks) else torch.tensor(present, device=losses.values.device)
 
 
 def _hparams(method: Method) -> dict[str, Any]:

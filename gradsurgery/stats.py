@@ -31,6 +31,16 @@ class Stats:
     losses: Tensor
     gramian: Tensor | None = None
 
+    def sanitized(self) -> "tuple[Stats, Tensor]":
+        """Statistics that are safe to solve for, and whether () they are these: a solver never sees NaN or Inf."""
+        finite = self.losses.isfinite().all()
+        gramian = self.gramian
+        if gramian is not None:
+            finite = finite & gramian.isfinite().all()
+            identity = torch.eye(gramian.shape[-1], dtype=gramian.dtype, device=gramian.device)
+            gramian = torch.where(finite, gramian, identity)
+        return Stats(torch.where(finite, self.losses, 1.0), gramian), finite
+
 
 def cosines(gramian: Tensor) -> Tensor:
     """Cosine similarities (..., T, T) in [-1, 1] of a Gramian (..., T, T); a zero gradient has cosine 0 with all."""
@@ -46,12 +56,12 @@ class StepInfo:
     Attributes:
         tasks: names of the T tasks, in the order of every task axis below.
         losses: (T,) float64; NaN for a task that was absent.
-        weights: (B, T) float64, what each task's gradient was multiplied by; 0 for an absent task. None while
-            rows are only being held (inside `MTLOptimizer.accumulate`).
+        weights: (B, T) float64, what each task's gradient was multiplied by; 0 for an absent task, NaN where a loss or
+            the Gramian is not finite. None while rows are only being held (inside `MTLOptimizer.accumulate`).
         gramian: (B, T, T) float64, 0 in the rows of an absent task; None in a step that measured no gradients
             (a method that needs only losses, or a step between two solves of ``update_every``).
         residual: (B,) float64, relative optimality residual that the solver reached; None for closed forms.
-        engine: name of the engine that ran.
+        engine: name of the engine that ran, or ``"weighted"`` for one ordinary backward of the weighted sum.
         diagnostics: whatever else the method reports, by name.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from gradsurgery.engines.layout import Layout
 from gradsurgery.engines.scalar import split_backward, weighted_backward
 from gradsurgery.losses import Losses, TaskLosses, read_losses
 from gradsurgery.parameters import Parameters
-from gradsurgery.registry import HeadPolicy
 from gradsurgery.rule import Rule
 from gradsurgery.stats import Needs, StepInfo
 
@@ -28,21 +27,20 @@ class Surgery:
         rule: the method, with its state.
         engine: how gradients are measured.
         parameters: which are shared, in which blocks.
-        heads: what task-specific parameters see.
     """
 
-    def __init__(self, rule: Rule, engine: Engine, parameters: Parameters, heads: HeadPolicy):
+    def __init__(self, rule: Rule, engine: Engine, parameters: Parameters):
         self.rule = rule
         self.engine = engine
         self.parameters = parameters
-        self.heads: HeadPolicy = heads
         self.info: StepInfo | None = None
         self.holding = False
         self._held: Measurement | None = None
         self._held_losses: TaskLosses | None = None
         self._held_scale: Tensor | None = None
+        self._held_weights: Tensor | None = None
         self._layout: Layout | None = None
-        self._signature: tuple[int, ...] = ()
+        self._signature: tuple[object, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -54,21 +52,26 @@ class Surgery:
         """See `MTLOptimizer.backward`."""
         read = read_losses(losses, self.rule.tasks)
         grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
-        needs_rows = self.holding or Needs.GRAMIAN in self.rule.method.needs
-        if needs_rows or self.heads == "unweighted":
+        gramian = Needs.GRAMIAN in self.rule.method.needs
+        if self.holding or gramian or self.rule.heads == "unweighted":
             self._prepare(read)
         self.rule.start(read.tasks, 1 if self._layout is None else self._layout.blocks, read.values.device)
-        if self.holding:
-            return self._hold(read, grad_scale)
-        if needs_rows and self.rule.due(read):
-            self.info = self._apply(read, self._measure(read, grad_scale), grad_scale)
-        else:
-            self.info = self._weighted(read, grad_scale)
+        before = self.rule.snapshot()
+        try:
+            if self.holding:
+                return self._hold(read, grad_scale)
+            if gramian and self.rule.due(read):
+                self.info = self._apply(read, self._measure(read, grad_scale), grad_scale)
+            else:
+                self.info = self._weighted(read, self._next_weights(read), grad_scale)
+        except BaseException:
+            self.rule.restore(before)
+            raise
         return self.info
 
     def observe(self, losses: Losses) -> None:
         """See `MTLOptimizer.observe`."""
-        self.rule.observe(read_losses(_attach(losses), self.rule.tasks))
+        self.rule.observe(read_losses(losses, self.rule.tasks, graph=False))
 
     def hold(self) -> None:
         """From now on, `backward` only adds to the rows."""
@@ -77,22 +80,29 @@ class Surgery:
 
     def release(self) -> None:
         """Operates on the rows held, if there are any."""
-        if self._held is not None and self._held_losses is not None:
-            self.info = self._apply(self._held_losses, self._held, self._held_scale)
+        if self._held_losses is not None:
+            if self._held is not None:
+                self.info = self._apply(self._held_losses, self._held, self._held_scale)
+            elif self._held_weights is not None:
+                self.rule.cached()
+                self.info = _info(self._held_losses, self._held_weights, None, {}, "weighted")
 
     def drop(self) -> None:
         """Forgets the rows held."""
-        self.holding, self._held, self._held_losses, self._held_scale = False, None, None, None
+        self.holding, self._held, self._held_losses = False, None, None
+        self._held_scale, self._held_weights = None, None
 
     def __getstate__(self) -> dict[str, Any]:
         # Flat rows are rebuilt when they are needed, and nothing of a graph leaves the process.
-        return {**self.__dict__, "_layout": None, "_signature": (), "_held": None, "_held_losses": None}
+        held = dict.fromkeys(("_layout", "_held", "_held_losses", "_held_scale", "_held_weights"))
+        return {**self.__dict__, **held, "_signature": (), "holding": False}
 
     def _prepare(self, losses: TaskLosses) -> None:
         """Finds the shared parameters, and lays them out anew where they have changed."""
         self.parameters.trace(losses)
-        signature = tuple(map(id, self.parameters.shared))
+        signature = tuple((id(p), p.dtype, p.device, p.shape, p.stride()) for p in self.parameters.shared)
         if self._layout is None or signature != self._signature:
+            _check_local()
             layout = Layout(self.parameters.blocks())
             if layout.device != losses.values.device:
                 raise ValueError(
@@ -106,36 +116,47 @@ class Surgery:
         return self.engine.measure(losses, self.layout, task_specific, grad_scale=grad_scale, held=self._held)
 
     def _hold(self, losses: TaskLosses, grad_scale: Tensor | None) -> StepInfo:
-        self._held = self._measure(losses, grad_scale)
+        """A micro-batch: into the rows, or between two solves of ``update_every`` straight into ``.grad``."""
+        if self._held_losses is None and self.rule.settled(losses):
+            self._held_weights = self.rule.cached(count=False)
+        if self._held_weights is not None:
+            info = self._weighted(losses, self._held_weights, grad_scale)
+        else:
+            self._held = self._measure(losses, grad_scale)
+            info = StepInfo(losses.tasks, losses.values, None, None, None, self.engine.name)
         self._held_losses = _add(self._held_losses, losses)
         self._held_scale = grad_scale
-        return StepInfo(losses.tasks, losses.values, None, None, None, self.engine.name)
+        return info
 
     @torch.no_grad()
     def _apply(self, losses: TaskLosses, measured: Measurement, grad_scale: Tensor | None) -> StepInfo:
+        # Under the caller's autocast the products of gradients would be rounded to half precision.
+        with torch.autocast(losses.values.device.type, enabled=False):
+            return self._operate(losses, measured, grad_scale)
+
+    def _operate(self, losses: TaskLosses, measured: Measurement, grad_scale: Tensor | None) -> StepInfo:
         gramian = None
         if Needs.GRAMIAN in self.rule.method.needs:
             gramian = measured.gramian()
             if grad_scale is not None:
                 gramian = gramian / grad_scale.double() ** 2
         weights, diagnostics = self.rule.solve(losses, gramian)
-        measured.write(weights, weights.mean(dim=0) if self.heads == "weighted" else None)
+        measured.write(weights, _head_weights(weights, gramian) if self.rule.heads == "weighted" else None)
         return _info(losses, weights, gramian, diagnostics, self.engine.name)
 
-    def _weighted(self, losses: TaskLosses, grad_scale: Tensor | None) -> StepInfo:
-        """One ordinary backward, with weights from the losses alone or from an earlier solve."""
-        diagnostics: dict[str, Tensor] = {}
-        with torch.no_grad():
-            if self.rule.due(losses):
-                weights, diagnostics = self.rule.solve(losses, None)
-            else:
-                weights = self.rule.cached()
-        if self.heads == "weighted":
+    @torch.no_grad()
+    def _next_weights(self, losses: TaskLosses) -> Tensor:
+        """Weights (1, T) from the losses alone, or from an earlier solve."""
+        return self.rule.solve(losses, None)[0] if self.rule.due(losses) else self.rule.cached()
+
+    def _weighted(self, losses: TaskLosses, weights: Tensor, grad_scale: Tensor | None) -> StepInfo:
+        """One ordinary backward, with weights that are known."""
+        if self.rule.heads == "weighted":
             weighted_backward(losses, weights[0], grad_scale=grad_scale)
         else:
             task_specific = self.parameters.task_specific()
             split_backward(losses, weights[0], self.layout.params, task_specific, grad_scale=grad_scale)
-        return _info(losses, weights, None, diagnostics, "weighted")
+        return _info(losses, weights, None, {}, "weighted")
 
 
 def _info(
@@ -145,13 +166,26 @@ def _info(
     return StepInfo(losses.tasks, losses.values, weights, gramian, extra.pop("residual", None), engine, extra)
 
 
-def _attach(losses: Losses) -> Losses:
-    """Losses that need no graph, in a form that `read_losses` takes."""
-    if isinstance(losses, Tensor):
-        return losses.detach().requires_grad_()
-    if isinstance(losses, Mapping):
-        return {name: None if loss is None else cast(Tensor, _attach(loss)) for name, loss in losses.items()}
-    return [None if loss is None else cast(Tensor, _attach(loss)) for loss in losses]
+def _head_weights(weights: Tensor, gramian: Tensor | None) -> Tensor:
+    """(T,) mean over the blocks that the losses reach."""
+    if len(weights) == 1 or gramian is None:
+        return weights.mean(dim=0)
+    reached = (gramian.diagonal(dim1=-2, dim2=-1) != 0).any(dim=-1).to(weights)
+    return reached @ weights / reached.sum().clamp(min=1)
+
+
+def _check_local() -> None:
+    """Per-task gradients bypass the hooks by which DDP averages over ranks: replicas would drift apart in silence."""
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise RuntimeError(
+            f"Surgery on {torch.distributed.get_world_size()} processes is not available in this version: each would "
+            "operate on its own gradients, and the replicas would drift apart. Run one process, or use a method that "
+            "needs losses only with heads='weighted' (ew, famo), which takes an ordinary backward."
+        )
 
 
 def _add(first: TaskLosses | None, second: TaskLosses) -> TaskLosses:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from gradsurgery import MTLOptimizer
+
 
 class Toy(nn.Module):
     """A shared trunk and a linear head a task, float64, with losses of quite different sizes."""
@@ -35,3 +37,12 @@ def jacobian(model: Toy, x: Tensor) -> Tensor:
     """Per-task gradients (T, d) of the trunk, the plain way."""
     params = list(model.trunk.parameters())
     return torch.stack([flat(torch.autograd.grad(model.losses(x)[t], params)) for t in range(len(model.heads))])
+
+
+def optimizer(model: Toy, method: object = "cagrad", lr: float = 0.0, **options: object) -> MTLOptimizer:
+    options.setdefault("shared_params", list(model.trunk.parameters()))
+    return MTLOptimizer(torch.optim.SGD(model.parameters(), lr=lr), method, **options)  # pyright: ignore
+
+
+def trunk_gradient(model: Toy) -> Tensor:
+    return flat([p.grad for p in model.trunk.parameters() if p.grad is not None])

@@ -6,22 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import Toy, batch, flat, jacobian
+from models import Toy, batch, flat, jacobian, optimizer, trunk_gradient
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsurgery import MTLOptimizer, aggregate, get_method, kernels, list_methods
 from gradsurgery.kernels import flat as flat_kernels
-
-
-def optimizer(model: Toy, method: object = "cagrad", lr: float = 0.0, **options: object) -> MTLOptimizer:
-    options.setdefault("shared_params", list(model.trunk.parameters()))
-    return MTLOptimizer(torch.optim.SGD(model.parameters(), lr=lr), method, **options)  # pyright: ignore
-
-
-def trunk_gradient(model: Toy) -> Tensor:
-    return flat([p.grad for p in model.trunk.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -366,7 +357,7 @@ def test_observe_reaches_famo() -> None:
     opt = optimizer(model, "famo", lr=0.01)
     opt.step(model.losses(x))
     before = opt._surgery.rule._state["logits"].clone()
-    with torch.no_grad():
+    with torch.inference_mode():
         opt.observe(model.losses(x))
     assert not torch.equal(before, opt._surgery.rule._state["logits"])
     unmoved = optimizer(model, "cagrad")
@@ -399,9 +390,11 @@ def test_kernels(dtype: torch.dtype, d: int) -> None:
         size = piece.norm(dim=1)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         assert ((G[b] - piece @ piece.T).abs() <= tolerance * size[:, None] * size + 1e-30).all()
-        rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-        torch.testing.assert_close(u[start:stop].double(), w[b] @ piece, rtol=rounding, atol=rounding)
-    assert torch.equal(kernels.combine(w[:1], J, [0, d]), w[0].to(dtype) @ J)
+        # Half precision is rounded once, at the end.
+        rtol, atol = {torch.float64: (1e-12, 1e-14), torch.float32: (1e-5, 1e-6), torch.bfloat16: (2**-8, 1e-6)}[dtype]
+        torch.testing.assert_close(u[start:stop].double(), w[b] @ piece, rtol=rtol, atol=atol)
+    same = kernels.combine(w[:1].expand(3, 3), J, bounds)
+    torch.testing.assert_close(kernels.combine(w[:1], J, bounds), same)
 
 
 class Traffic(TorchDispatchMode):

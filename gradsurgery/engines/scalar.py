@@ -33,8 +33,9 @@ def split_backward(
 
     It passes the heads twice and the shared trunk once.
     """
-    outputs, ones = _seeds(losses, torch.ones_like(weights), grad_scale)
-    torch.autograd.backward(outputs, ones, inputs=list(task_specific), retain_graph=True)
+    if task_specific:
+        outputs, ones = _seeds(losses, torch.ones_like(weights), grad_scale)
+        torch.autograd.backward(outputs, ones, inputs=list(task_specific), retain_graph=True)
     outputs, seeds = _seeds(losses, weights, grad_scale)
     torch.autograd.backward(outputs, seeds, inputs=list(shared))
 

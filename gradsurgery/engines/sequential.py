@@ -1,6 +1,6 @@
 """One backward pass a task: exact for any model, and the oracle of every other engine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,27 +15,35 @@ Gradients = Sequence[Tensor | None]
 
 
 class Rows(Measurement):
-    """Per-task gradients: those of shared parameters as rows of one matrix, the others as autograd returned them."""
+    """Per-task gradients: those of shared parameters as rows of one matrix, the others parameter by parameter."""
 
-    def __init__(self, T: int, layout: Layout, task_specific: Sequence[Tensor]):
+    def __init__(self, T: int, layout: Layout):
         self._layout = layout
-        self._task_specific = task_specific
         self._rows = layout.rows(T)
         self._views = layout.row_views(T)
         self._filled = [False] * T
         self._reached = [False] * len(layout.params)
-        self._own: list[list[tuple[int, Tensor]]] = [[] for _ in range(T)]
+        self._own: list[dict[Tensor, Tensor]] = [{} for _ in range(T)]
 
-    def put(self, task: int, shared: Gradients, own: Gradients) -> None:
-        """Adds a task's gradients to its row; None stands for a parameter that its loss does not reach."""
+    def put(self, task: int, shared: Gradients, own: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Adds a task's gradients: None stands for a parameter that its loss does not reach.
+
+        Args:
+            task: its row.
+            shared: gradients of the layout's parameters.
+            own: other parameters with their gradients.
+        """
         self._reached = [seen or g is not None for seen, g in zip(self._reached, shared, strict=True)]
-        views = self._views[task]
         if self._filled[task]:
-            _add(views, shared)
+            _add(self._views[task], shared)
         else:
-            _copy(views, shared)
+            _copy(self._views[task], shared)
             self._filled[task] = True
-        self._own[task] += [(i, g) for i, g in enumerate(own) if g is not None]
+        kept = self._own[task]
+        for p, g in own:
+            if g is not None:
+                # A copy: what autograd returns may share memory with the graph, another gradient or the user.
+                kept[p] = _sum(kept[p], g) if p in kept else g.clone()
 
     def _complete(self) -> Tensor:
         for task, filled in enumerate(self._filled):
@@ -58,11 +66,9 @@ class Rows(Measurement):
             reached = zip(self._layout.params[span], views, self._reached[span], strict=True)
             _accumulate([(p, view) for p, view, seen in reached if seen])
         for task, own in enumerate(self._own):
-            if own:
-                weight = 1.0 if head_weights is None else head_weights[task]
-                # A copy even for weight 1: what autograd returns may share memory with the graph or another gradient.
-                scaled = torch._foreach_mul([g for _, g in own], weight)
-                _accumulate([(self._task_specific[i], g) for (i, _), g in zip(own, scaled, strict=True)])
+            if own and head_weights is not None:
+                torch._foreach_mul_(list(own.values()), head_weights[task])
+            _accumulate(own.items())
 
 
 class Sequential(Engine):
@@ -79,7 +85,7 @@ class Sequential(Engine):
         grad_scale: Tensor | None,
         held: Measurement | None,
     ) -> Rows:
-        rows = held if isinstance(held, Rows) else Rows(len(losses.tasks), layout, task_specific)
+        rows = held if isinstance(held, Rows) else Rows(len(losses.tasks), layout)
         inputs = [*layout.params, *task_specific]
         split = len(layout.params)
         present = losses.present
@@ -94,7 +100,7 @@ class Sequential(Engine):
                 retain_graph=task != present[-1],
                 allow_unused=True,
             )
-            rows.put(task, gradients[:split], gradients[split:])
+            rows.put(task, gradients[:split], zip(task_specific, gradients[split:], strict=True))
         return rows
 
 
@@ -120,9 +126,12 @@ def _add(views: Sequence[Tensor], gradients: Gradients) -> None:
             view.add_(g.to_dense())
 
 
-def _accumulate(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _sum(first: Tensor, second: Tensor) -> Tensor:
+    """Of two gradients, either of which may be sparse; in place where it can be."""
+    return second + first if first.is_sparse and not second.is_sparse else first.add_(second)
+
+
+def _accumulate(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     for p, g in pairs:
-        if p.grad is None:
-            p.grad = g if g.dtype == p.dtype else g.to(p.dtype)
-        else:
-            p.grad.add_(g)
+        g = g if g.dtype == p.dtype else g.to(p.dtype)
+        p.grad = g if p.grad is None else _sum(p.grad, g)

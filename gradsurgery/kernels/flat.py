@@ -13,6 +13,9 @@ from torch import Tensor
 # Columns of one partial Gramian. A thin GEMM over all of d runs 2-3x slower than a batch of these (and loses digits):
 # they stay in cache, fill all cores, and are summed in float64.
 CHUNK = 65536
+# Columns of half-precision rows that are widened at a time.
+STRIP = 1 << 22
+HALF = (torch.bfloat16, torch.float16)
 
 
 def gramian(jacobian: Tensor, bounds: Sequence[int]) -> Tensor:
@@ -23,7 +26,8 @@ def gramian(jacobian: Tensor, bounds: Sequence[int]) -> Tensor:
         bounds: B + 1 ascending column indices, from 0 to d.
 
     Returns:
-        (B, T, T) float64; accumulated in float32 at least within a chunk and in float64 across chunks.
+        (B, T, T) float64; accumulated in float32 at least within a chunk and in float64 across chunks. Rows in float32
+        keep their digits for norms from about 1e-16 to 1e18, beyond which their squares leave its range.
     """
     return torch.stack([_block_gramian(jacobian[:, start:stop]) for start, stop in pairwise(bounds)])
 
@@ -40,7 +44,7 @@ def _block_gramian(rows: Tensor) -> Tensor:
 
 
 def _accumulable(rows: Tensor) -> Tensor:
-    return rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
+    return rows.float() if rows.dtype in HALF else rows
 
 
 def combine(weights: Tensor, jacobian: Tensor, bounds: Sequence[int]) -> Tensor:
@@ -54,10 +58,14 @@ def combine(weights: Tensor, jacobian: Tensor, bounds: Sequence[int]) -> Tensor:
     Returns:
         (d,) in the dtype of ``jacobian``.
     """
-    weights = weights.to(jacobian.dtype)
     if len(weights) == 1:
-        return weights[0] @ jacobian
-    direction = jacobian.new_empty(jacobian.shape[1])
-    for weight, start, stop in zip(weights, bounds[:-1], bounds[1:], strict=True):
-        torch.mv(jacobian[:, start:stop].mT, weight, out=direction[start:stop])
-    return direction
+        return _combine_block(weights[0], jacobian)
+    blocks = zip(weights, pairwise(bounds), strict=True)
+    return torch.cat([_combine_block(weight, jacobian[:, start:stop]) for weight, (start, stop) in blocks])
+
+
+def _combine_block(weight: Tensor, rows: Tensor) -> Tensor:
+    if rows.dtype not in HALF:
+        return weight.to(rows.dtype) @ rows
+    # Rounding the weights to half precision would turn a direction that conflicts with no task into one that does.
+    return torch.cat([(weight.float() @ strip.float()).to(rows.dtype) for strip in rows.split(STRIP, dim=1)])

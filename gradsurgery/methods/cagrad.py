@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Generator, Tensor, device, dtype
 
 from gradsurgery.methods.preference import Preference, check_preference, preference_state
@@ -45,7 +44,7 @@ def cagrad(
         >>> cagrad(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), rescale=0, scale="mean")
         tensor([0.7000, 0.7000])
     """
-    p = torch.ones_like(G[..., 0, :].reshape(-1, G.shape[-1])[0]) if preference is None else preference
+    p = G.new_ones(G.shape[-1]) if preference is None else preference
     return _cagrad(G.double(), p.double(), c, rescale, scale)[0].to(G.dtype)
 
 

@@ -14,7 +14,6 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, device, dtype
 
-from gradsurgery.methods.preference import Preference
 from gradsurgery.registry import ObservingMethod, State, register
 from gradsurgery.stats import Needs, Stats
 
@@ -26,7 +25,7 @@ def famo(losses: Tensor, logits: Tensor, *, min_losses: Tensor | float = 0.0) ->
     """Weights that balance the rates at which the log-losses fall.
 
     Args:
-        losses: (..., T), greater than ``min_losses``.
+        losses: (..., T); one at or under its bound counts as 1e-8 above it.
         logits: (..., T), the learned logits; zeros at the start.
         min_losses: (T,) or number, lower bounds b of the losses.
 
@@ -41,8 +40,13 @@ def famo(losses: Tensor, logits: Tensor, *, min_losses: Tensor | float = 0.0) ->
         >>> famo(torch.tensor([1.0, 3.0]), torch.zeros(2))
         tensor([0.7500, 0.2500])
     """
-    rate = logits.softmax(dim=-1) / (losses - min_losses + EPS)
+    rate = logits.softmax(dim=-1) / _excess(losses, min_losses)
     return rate / rate.sum(dim=-1, keepdim=True)
+
+
+def _excess(losses: Tensor, min_losses: Tensor | float) -> Tensor:
+    """What is left above the bounds. The authors' logarithm would be NaN, and the model with it, below them."""
+    return (losses - min_losses).clamp(min=0) + EPS
 
 
 @register(
@@ -59,19 +63,21 @@ class FAMO(ObservingMethod):
     Args:
         lr: step size of the logits' Adam.
         weight_decay: its L2 decay (gamma). Authors: 1e-3; 0.01 on Cityscapes.
-        min_losses: T lower bounds of the losses; 0 if None.
+        min_losses: T finite lower bounds of the losses; 0 if None. Losses that can be negative need them.
     """
 
     needs: ClassVar[Needs] = Needs.LOSSES
     lr: float = 0.025
     weight_decay: float = 1e-3
-    min_losses: Preference = None
+    min_losses: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be positive and finite; got {self.lr}.")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be >= 0; got {self.weight_decay}.")
+        if not all(map(math.isfinite, self.min_losses or ())):
+            raise ValueError(f"min_losses must be finite; got {self.min_losses}.")
 
     def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:
         bounds = self.min_losses or (0.0,) * T
@@ -88,13 +94,13 @@ class FAMO(ObservingMethod):
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         state = self.observe(stats.losses, state)
         w = famo(stats.losses, state["logits"], min_losses=state["min_losses"])
-        before = (stats.losses - state["min_losses"] + EPS).log()
+        before = _excess(stats.losses, state["min_losses"]).log()
         return w.unsqueeze(0), {**state, "log_before": before, "pending": torch.ones_like(before)}, {}
 
     def observe(self, losses: Tensor, state: State) -> State:
         """One Adam step of the logits along the softmax's Jacobian, for the tasks whose outcome is still pending."""
         pending = state["pending"] > 0
-        fall = torch.where(pending, state["log_before"] - (losses - state["min_losses"] + EPS).log(), 0.0)
+        fall = torch.where(pending, state["log_before"] - _excess(losses, state["min_losses"]).log(), 0.0)
         z = state["logits"].softmax(dim=-1)
         gradient = z * (fall - (z * fall).sum()) + self.weight_decay * state["logits"]
         steps = state["steps"] + 1

@@ -11,7 +11,6 @@ shared gradient to norm 1 is `torch.nn.utils.clip_grad_norm_` between ``backward
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor, device, dtype
 
 from gradsurgery.methods.preference import Preference, check_preference, preference_state
@@ -38,7 +37,7 @@ def nash_mtl(G: Tensor, *, preference: Tensor | None = None) -> Tensor:
         >>> nash_mtl(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
         tensor([0.5000, 1.0000])
     """
-    p = torch.ones_like(G[..., 0, :].reshape(-1, G.shape[-1])[0]) if preference is None else preference
+    p = G.new_ones(G.shape[-1]) if preference is None else preference
     return nash(G.double(), (len(p) * p / p.sum()).double())[0].to(G.dtype)
 
 

@@ -9,7 +9,6 @@ guarantee at unequal gradient norms; here the projections are exact at any scale
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor, device, dtype
 
 from gradsurgery.methods.preference import Preference, check_preference, preference_state
@@ -36,7 +35,7 @@ def upgrad(G: Tensor, *, preference: Tensor | None = None) -> Tensor:
         >>> upgrad(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
         tensor([0.7500, 0.7500])
     """
-    p = torch.ones_like(G[..., 0, :].reshape(-1, G.shape[-1])[0]) if preference is None else preference
+    p = G.new_ones(G.shape[-1]) if preference is None else preference
     return dual_cone(G.double(), (p / p.sum()).double())[0].to(G.dtype)
 
 
