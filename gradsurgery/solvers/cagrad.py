@@ -7,6 +7,8 @@ Where that is 0/0 (g_w = 0: Pareto stationary), s = 0 is the best level and l(0)
 cone, still solves the problem above.
 """
 
+from __future__ import annotations
+
 import numpy as np
 
 from gradsurgery.solvers.min_norm import min_norm_numpy
@@ -19,87 +21,98 @@ ITERATIONS = 100
 
 def cagrad_numpy(gramian: np.ndarray, v: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
     """Multipliers (N, T) and residual (N,) for Gramians (N, T, T) and a mean v (T,); see `cagrad_multipliers`."""
-    solved = [_solve(G, v, c) for G in gramian]
-    return np.stack([s[0] for s in solved]), np.array([s[1] for s in solved])
+    multipliers, residual = np.zeros(gramian.shape[:2]), np.zeros(len(gramian))
+    levels = _Levels(gramian, v, c)
+    # Without a radius there is nothing to search: c = 0, or the mean gradient is zero.
+    todo = np.flatnonzero(levels.radius > 0)
+    if len(todo):
+        multipliers[todo], residual[todo] = _solve(levels.take(todo))
+    return multipliers, residual
 
 
 class _Levels:
-    """l(s) and what follows from it, for one Gramian G = diag(n) C diag(n)."""
+    """l(s) and what follows from it, for N Gramians, each brought to unit mean norm (which leaves l as it is)."""
 
     def __init__(self, gramian: np.ndarray, v: np.ndarray, c: float):
-        cosine, norm = unit_diagonal(gramian[None])
-        self.gramian, self.cosine, self.norm = gramian, cosine, norm[0]
-        self.gain = gramian @ v
-        self.radius = c * np.sqrt(max(v @ self.gain, 0.0))
+        mean = np.diagonal(gramian, axis1=-2, axis2=-1).mean(-1)
+        self.gramian = gramian / np.where(mean > 0, mean, 1.0)[:, None, None]
+        self.cosine, self.norm = unit_diagonal(self.gramian)
+        self.gain = self.gramian @ v
+        self.radius = c * np.sqrt(np.maximum(self.gain @ v, 0.0))
 
-    def multipliers(self, level: float) -> np.ndarray:
-        x, _ = nnqp(self.cosine, ((level - self.gain) / self.norm)[None])
-        return x[0] / self.norm
+    def take(self, index: np.ndarray) -> _Levels:
+        part = object.__new__(_Levels)
+        part.__dict__.update({key: array[index] for key, array in self.__dict__.items()})
+        return part
 
-    def length(self, multipliers: np.ndarray) -> float:
-        return float(np.sqrt(max(multipliers @ self.gramian @ multipliers, 0.0)))
+    def products(self, multipliers: np.ndarray) -> np.ndarray:
+        return (self.gramian @ multipliers[..., None])[..., 0]
 
-    def feasible(self, level: float, multipliers: np.ndarray) -> bool:
-        missing = (level - self.gain - self.gramian @ multipliers) / self.norm
-        return missing.max() <= 1e-10 * self.radius
+    def length(self, multipliers: np.ndarray) -> np.ndarray:
+        """|J^T l| (N,)."""
+        return np.sqrt(np.maximum((multipliers * self.products(multipliers)).sum(-1), 0.0))
 
-    def bound(self, w: np.ndarray) -> float:
-        """The paper's dual objective at w: no level exceeds it."""
-        return float(w @ self.gain + self.radius * self.length(w))
+    def multipliers(self, level: np.ndarray) -> np.ndarray:
+        """l(s) (N, T) at the levels s (N,)."""
+        x, _ = nnqp(self.cosine, (level[:, None] - self.gain) / self.norm)
+        return x / self.norm
 
+    def feasible(self, level: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
+        """Whether (N,) every task gains its level, which near a stationary point no direction may."""
+        missing = (level[:, None] - self.gain - self.products(multipliers)) / self.norm
+        return missing.max(-1) <= 1e-10 * self.radius
 
-def _solve(gramian: np.ndarray, v: np.ndarray, c: float) -> tuple[np.ndarray, float]:
-    """One problem, brought to unit mean norm (multipliers do not depend on the scale)."""
-    scale = np.diagonal(gramian).mean()
-    zero = np.zeros_like(v)
-    if scale == 0 or c == 0:
-        return zero, 0.0
-    levels = _Levels(gramian / scale, v, c)
-    if levels.radius == 0:
-        return zero, 0.0
-    least = min_norm_numpy(levels.gramian[None])[0][0]
-    at_zero = levels.multipliers(0.0)
-    stationary = levels.length(least) <= 1e-8 * np.sqrt(np.diagonal(levels.gramian).min())
-    if stationary and levels.length(at_zero) <= levels.radius:
-        best, level = at_zero, 0.0
-    else:
-        best, level = _newton(levels, levels.bound(least))
-    return best, _residual(levels, best, level, least)
+    def bound(self, w: np.ndarray) -> np.ndarray:
+        """The paper's dual objective (N,) at w (N, T): no level exceeds it."""
+        return (w * self.gain).sum(-1) + self.radius * self.length(w)
 
 
-def _newton(levels: _Levels, high: float) -> tuple[np.ndarray, float]:
-    """The level in [min gain, high] at which |J^T l| meets the radius, and the multipliers there."""
-    low = float(levels.gain.min())
-    level, best = high, np.zeros_like(levels.gain)
+def _solve(levels: _Levels) -> tuple[np.ndarray, np.ndarray]:
+    least = min_norm_numpy(levels.gramian)[0]
+    at_zero = levels.multipliers(np.zeros(len(least)))
+    smallest = np.sqrt(np.diagonal(levels.gramian, axis1=-2, axis2=-1).min(-1))
+    stationary = (levels.length(least) <= 1e-8 * smallest) & (levels.length(at_zero) <= levels.radius)
+    best = at_zero
+    todo = np.flatnonzero(~stationary)
+    if len(todo):
+        best[todo] = _newton(levels.take(todo), levels.bound(least)[todo])
+    return best, _residual(levels, best, least)
+
+
+def _newton(levels: _Levels, high: np.ndarray) -> np.ndarray:
+    """Multipliers (N, T) at the levels in [min gain, high] where |J^T l| meets the radius."""
+    low, level = levels.gain.min(-1), high.copy()
+    best = np.zeros_like(levels.gain)
+    todo = np.arange(len(high))
     for _ in range(ITERATIONS):
-        multipliers = levels.multipliers(level)
-        length = levels.length(multipliers)
-        feasible = levels.feasible(level, multipliers)
-        if feasible and abs(length - levels.radius) <= 1e-13 * levels.radius:
-            return multipliers, level
-        if feasible and length <= levels.radius:
-            low, best = level, multipliers
-        else:
-            high = level
-        total = multipliers.sum()
-        # Slope of the length: total / length. The root of the length squared on the same active set is as cheap.
-        step = level + (levels.radius - length) * length / total if feasible and total > 0 else low
-        level = step if low < step < high else 0.5 * (low + high)
-        if high - low <= 1e-15 * max(abs(low), abs(high)):
+        part = levels.take(todo)
+        s, radius = level[todo], part.radius
+        now = part.multipliers(s)
+        length, total, feasible = part.length(now), now.sum(-1), part.feasible(s, now)
+        inside = feasible & (length <= radius * (1 + 1e-13))
+        best[todo[inside]], low[todo[inside]], high[todo[~inside]] = now[inside], s[inside], s[~inside]
+        # The slope of the length is total / length.
+        known = feasible & (total > 0)
+        step = np.where(known, s + (radius - length) * length / np.where(known, total, 1.0), -np.inf)
+        lo, hi = low[todo], high[todo]
+        level[todo] = np.where((lo < step) & (step < hi), step, 0.5 * (lo + hi))
+        met = feasible & (np.abs(length - radius) <= 1e-13 * radius)
+        closed = hi - lo <= 1e-15 * np.maximum(np.abs(lo), np.abs(hi))
+        todo = todo[~(met | closed)]
+        if not len(todo):
             break
-    return best, low
+    return best
 
 
-def _residual(levels: _Levels, multipliers: np.ndarray, level: float, least: np.ndarray) -> float:
-    """Gap between the worst task's gain and the dual bound, relative to |g0|^2 + k |g0|, which bounds both."""
-    total = multipliers.sum()
+def _residual(levels: _Levels, multipliers: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """Gap between the worst task's gain and the dual bound, relative to k^2, and what exceeds the radius."""
+    total = multipliers.sum(-1, keepdims=True)
     bound = levels.bound(least)
-    if total > 0:
-        bound = min(bound, levels.bound(multipliers / total))
-    worst = (levels.gain + levels.gramian @ multipliers).min()
-    size = levels.radius * (levels.radius + 1e-300)
-    excess = max(levels.length(multipliers) / levels.radius - 1, 0.0)
-    return float(max((bound - worst) / size, 0.0) + excess) if size > 0 else 0.0
+    own = levels.bound(multipliers / np.where(total > 0, total, 1.0))
+    bound = np.where(total[:, 0] > 0, np.minimum(bound, own), bound)
+    worst = (levels.gain + levels.products(multipliers)).min(-1)
+    excess = np.maximum(levels.length(multipliers) / levels.radius - 1, 0.0)
+    return np.maximum((bound - worst) / levels.radius**2, 0.0) + excess
 
 
 @solver("cagrad", "(Tensor gramian, Tensor preference, float c)")

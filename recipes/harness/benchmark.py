@@ -66,7 +66,8 @@ class Benchmark:
     test: Dataset[Sample]
     model: Callable[[Sequence[str]], nn.Module]
     """task names -> a freshly initialised module that maps a batch of inputs to {task: prediction}"""
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
+    """named parameters -> the base optimizer; the names give `--blocks module` its modules"""
     epochs: int
     batch_size: int
     test_batch_size: int
