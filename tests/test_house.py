@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import gradsurgery
+from gradsurgery import get_method, list_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"gradsurgery": "gradsurgery", "architectures": "gradsurgery.architectures", "recipes": "gradsurgery.recipes"}
@@ -140,3 +141,12 @@ def test_public_names() -> None:
     assert sorted(gradsurgery.__all__) == ["MTLOptimizer", "StepInfo", "aggregate", "get_method", "list_methods"]
     for name in gradsurgery.__all__:
         assert getattr(gradsurgery, name).__doc__
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_readme_tells_of_every_method(name: str) -> None:
+    table = (ROOT / "README.md").read_text().split("| promises |")[1].split("\n\n")[0]
+    (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
+    info = get_method(name)
+    assert info.heads in row
+    assert all(guarantee.replace("_", "-") in row for guarantee in info.guarantees)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Columns of one partial Gramian. A thin GEMM over all of d runs 2-3x slower than a batch of these (and loses digits):
 # they stay in cache, fill all cores, and are summed in float64.
-CHUNK = 8192
+CHUNK = 16384
 # Columns of half-precision rows that are widened at a time.
 STRIP = 1 << 22
 HALF = (torch.bfloat16, torch.float16)
