@@ -209,7 +209,8 @@ class MTLOptimizer(Optimizer):
         once, on their sum, when the block ends.
 
         Divide the losses by the number of micro-batches where they are means. If the block raises, the rows are
-        dropped and ``.grad`` is as it was.
+        dropped and ``.grad`` is as it was; only between two solves of ``update_every``, where each micro-batch takes
+        an ordinary backward, what went before stays in ``.grad``.
 
         Example:
             >>> with opt.accumulate():  # doctest: +SKIP
