@@ -105,6 +105,8 @@ def floor(problem: Problem, method: str) -> Callable[[], object]:
             for p, g in zip(problem.params, gradients, strict=True):
                 if g is not None:
                     p.grad = g if p.grad is None else p.grad.add_(g)
+            # Else two sets of gradients are alive at once, and the floor is not the least that can be had.
+            del gradients
         problem.base.step()
 
     return step

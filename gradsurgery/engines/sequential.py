@@ -101,6 +101,8 @@ class Sequential(Engine):
                 allow_unused=True,
             )
             rows.put(task, gradients[:split], zip(task_specific, gradients[split:], strict=True))
+            # Freed before the next pass, which then finds its memory: one set of gradients at a time, still in cache.
+            del gradients
         return rows
 
 
