@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 Losses: TypeAlias = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 Output: TypeAlias = Tensor | GradientEdge
@@ -79,9 +79,21 @@ def _from_vector(losses: Tensor, graph: bool) -> dict[str, Output]:
     if node is None or node.name() != "StackBackward0" or losses._backward_hooks or losses.retains_grad:
         return checked  # pyright: ignore[reportReturnType]
     edges = [GradientEdge(parent, nr) for parent, nr in node.next_functions if parent is not None]
-    if len(edges) != len(losses) or any(edge.node.name() == "struct torch::autograd::AccumulateGrad" for edge in edges):
+    if len(edges) != len(losses) or any(accumulates(edge.node) for edge in edges):
         return checked  # pyright: ignore[reportReturnType]
     return dict(zip(checked, edges, strict=True))
+
+
+def node_of(output: Output | None) -> Node | None:
+    """Where a loss's graph begins; None for an absent loss or a leaf."""
+    if isinstance(output, GradientEdge):
+        return output.node
+    return None if output is None else output.grad_fn
+
+
+def accumulates(node: Node) -> bool:
+    """Whether the node stands for a leaf. Its full name differs from compiler to compiler."""
+    return node.name().endswith("AccumulateGrad")
 
 
 def _check(name: str, loss: Tensor | None, graph: bool) -> Tensor | None:

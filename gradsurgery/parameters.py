@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, TypeAlias
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from gradsurgery.losses import Output, TaskLosses
+from gradsurgery.losses import Output, TaskLosses, accumulates, node_of
 
 Blocks: TypeAlias = Literal["model", "tensor", "module"] | Sequence[Sequence[Tensor]]
 SharedParams: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -28,15 +28,15 @@ class Parameters:
         self._base = base_opt
         self._names = _optimizer_names(base_opt)
         self._named = None if shared is None else self._read(shared)
-        self._blocks = blocks if isinstance(blocks, str) else [list(block) for block in blocks]
         self._found: list[Tensor] | None = None
         self._traced: set[str] = set()
         self._flags: tuple[tuple[int, bool], ...] = ()
         self._foreign: list[Tensor] = []
         if isinstance(blocks, str) and blocks not in ("model", "tensor", "module"):
             raise ValueError(f"blocks must be 'model', 'tensor', 'module' or lists of parameters; got {blocks!r}.")
-        if any(isinstance(block, Tensor) for block in self._blocks):
+        if not isinstance(blocks, str) and any(isinstance(block, Tensor) for block in blocks):
             raise ValueError("blocks is a flat list of tensors; pass a list of lists, one a block.")
+        self._blocks = blocks if isinstance(blocks, str) else [list(block) for block in blocks]
         if blocks == "module" and self._named is not None:
             self._module_blocks(self._named)
 
@@ -111,6 +111,9 @@ class Parameters:
             )
         return shared
 
+    def _all_shared(self) -> list[Tensor]:
+        return self._named if self._named is not None else (self._found or [])
+
     @property
     def shared(self) -> list[Tensor]:
         """Shared parameters that require a gradient.
@@ -118,8 +121,7 @@ class Parameters:
         Raises:
             ValueError: all of them are frozen.
         """
-        everything = self._named if self._named is not None else (self._found or [])
-        active = [p for p in everything if p.requires_grad]
+        active = [p for p in self._all_shared() if p.requires_grad]
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in active):
             raise ValueError(
                 "A shared parameter has a post-accumulate-grad hook (optimizer-in-backward, perhaps), which fires in "
@@ -132,7 +134,7 @@ class Parameters:
 
     def task_specific(self) -> list[Tensor]:
         """Every other parameter that takes a gradient: of the base optimizer, and those that only the losses reach."""
-        shared = {id(p) for p in (self._named if self._named is not None else (self._found or []))}
+        shared = {id(p) for p in self._all_shared()}
         candidates = [*_base_parameters(self._base), *self._foreign]
         return [p for p in candidates if p.requires_grad and id(p) not in shared]
 
@@ -180,7 +182,7 @@ class Parameters:
 
 def leaves(output: Output | None) -> dict[int, Tensor]:
     """The leaf tensors that a loss's graph reaches, by id."""
-    root = output.node if isinstance(output, GradientEdge) else None if output is None else output.grad_fn
+    root = node_of(output)
     if root is None:
         return {id(output): output} if isinstance(output, Tensor) else {}
     found: dict[int, Tensor] = {}
@@ -188,7 +190,7 @@ def leaves(output: Output | None) -> dict[int, Tensor]:
     stack = [root]
     while stack:
         node = stack.pop()
-        if node.name().endswith("AccumulateGrad"):
+        if accumulates(node):
             found[id(node.variable)] = node.variable  # pyright: ignore[reportAttributeAccessIssue]
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
@@ -214,7 +216,7 @@ def _check_separate(outputs: Sequence[Output | None]) -> None:
 
 def _joint(output: Output | None) -> Node | None:
     """The vector's node, if a loss was picked out of one."""
-    node = output.node if isinstance(output, GradientEdge) else None if output is None else output.grad_fn
+    node = node_of(output)
     while node is not None and node.name().startswith(("Squeeze", "View", "Unsqueeze", "Reshape")):
         node = node.next_functions[0][0]
     if node is not None and node.name().startswith("Select"):

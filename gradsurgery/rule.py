@@ -134,17 +134,14 @@ class Rule:
         Where a loss, the Gramian or what the method makes of them is not finite, the weights are NaN (so that an AMP
         scaler skips the step, as it would without surgery) and the state stays as it was.
         """
-        T, index, before = len(losses.tasks), _index(losses), self._state
-        values = losses.values
-        if index is not None:
-            values = values[index]
-            gramian = None if gramian is None else gramian[:, index][:, :, index]
-            before = {key: self._take(key, tensor, index) for key, tensor in self._state.items()}
+        index, values, before = self._present(losses)
+        if index is not None and gramian is not None:
+            gramian = gramian[:, index][:, :, index]
         stats, finite = Stats(values, gramian).sanitized()
         w, after, diagnostics = self.method.weights(stats, before, self._generator)
         finite = self._keep(before, after, finite & w.isfinite().all(), index)
         if index is not None:
-            w = w.new_zeros(len(w), T).index_copy_(1, index, w)
+            w = w.new_zeros(len(w), len(losses.tasks)).index_copy_(1, index, w)
         previous = torch.ones_like(w) if self._weights is None else self._weights
         self._weights = torch.where(finite, w, previous)
         # Only a schedule ever asks again, and must not settle on a failed solve.
@@ -166,11 +163,16 @@ class Rule:
         """Tells the method what the step led to."""
         if not isinstance(self.method, ObservingMethod) or self.tasks is None:
             return
-        index, values, before = _index(losses), losses.values, self._state
-        if index is not None:
-            values = values[index]
-            before = {key: self._take(key, tensor, index) for key, tensor in self._state.items()}
+        index, values, before = self._present(losses)
         self._keep(before, self.method.observe(values, before), values.isfinite().all(), index)
+
+    def _present(self, losses: TaskLosses) -> tuple[Tensor | None, Tensor, State]:
+        """Positions of the present tasks (None where all are), their losses, and their part of the state."""
+        present = losses.present
+        if len(present) == len(losses.tasks):
+            return None, losses.values, self._state
+        index = torch.tensor(present, device=losses.values.device)
+        return index, losses.values[index], {key: self._take(key, value, index) for key, value in self._state.items()}
 
     def _take(self, key: str, tensor: Tensor, index: Tensor) -> Tensor:
         for axis in self.method.task_axes_of(key, tensor):
@@ -194,7 +196,7 @@ class Rule:
 
     def pack(self, engine: str) -> str:
         """Everything that a resumed run needs, as one JSON text: a leaf that every checkpoint format keeps."""
-        random = self._random if self._generator is None else self._generator.get_state().numpy().tobytes()
+        random = self._random_state()
         content = {
             "format": FORMAT,
             "method": self.name,
@@ -254,15 +256,11 @@ class Rule:
         self._state = {key: _from_json(entry) for key, entry in content["state"].items()}
         self._random = None if content["random"] is None else base64.b64decode(content["random"])
 
+    def _random_state(self) -> bytes | None:
+        return self._random if self._generator is None else self._generator.get_state().numpy().tobytes()
+
     def __getstate__(self) -> dict[str, Any]:
-        random = self._random if self._generator is None else self._generator.get_state().numpy().tobytes()
-        return {**self.__dict__, "_random": random, "_generator": None}
-
-
-def _index(losses: TaskLosses) -> Tensor | None:
-    """Positions of the present tasks, or None where all are."""
-    present = losses.present
-    return None if len(present) == len(losses.tasks) else torch.tensor(present, device=losses.values.device)
+        return {**self.__dict__, "_random": self._random_state(), "_generator": None}
 
 
 def _hparams(method: Method) -> dict[str, Any]:

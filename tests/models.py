@@ -1,5 +1,6 @@
 """Tiny multi-task models and losses for the tests."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -46,3 +47,29 @@ def optimizer(model: Toy, method: object = "cagrad", lr: float = 0.0, **options:
 
 def trunk_gradient(model: Toy) -> Tensor:
     return flat([p.grad for p in model.trunk.parameters() if p.grad is not None])
+
+
+TASKS = ("a", "b", "c")
+
+
+class Net(nn.Module):
+    """A shared trunk and three heads whose targets disagree, so that the tasks' gradients conflict."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+        self.heads = nn.ModuleDict({t: nn.Linear(2, 1) for t in TASKS})
+        for head in self.heads.values():
+            nn.init.ones_(head.weight)
+
+    def forward(self, x):
+        z = self.trunk(x)
+        return {t: head(z).squeeze(-1) for t, head in self.heads.items()}
+
+
+@pytest.fixture(autouse=True)
+def own_random_state():
+    """Every test starts from one seed and leaves the process's random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield

@@ -97,6 +97,7 @@ BAD_ARGUMENTS: dict[str, tuple[Callable[[Toy], Any], type[Exception], str]] = {
     "engine": (lambda m: {"engine": "sequental"}, ValueError, "no engine named.*Did you mean 'sequential'"),
     "engine type": (lambda m: {"engine": 3}, TypeError, "name or an Engine"),
     "blocks": (lambda m: {"blocks": "layer"}, ValueError, "'model', 'tensor', 'module'"),
+    "flat blocks": (lambda m: {"blocks": list(m.trunk.parameters())}, ValueError, "flat list of tensors"),
     "heads": (lambda m: {"heads": "none"}, ValueError, "'unweighted', 'weighted'"),
     "update_every": (lambda m: {"update_every": 0}, ValueError, "1 or more"),
     "update_every and blocks": (lambda m: {"update_every": 2, "blocks": "tensor"}, ValueError, "one weight a task"),

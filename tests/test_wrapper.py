@@ -12,6 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
+from models import TASKS, Net, own_random_state  # noqa: F401  (an autouse fixture)
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -24,30 +25,6 @@ STATEFUL = {
     "famo": {"method": "famo"},
     "pcgrad": {"method": "pcgrad", "seed": 7},
 }
-TASKS = ("a", "b", "c")
-
-
-class Net(nn.Module):
-    """A shared trunk and three heads whose targets disagree, so that the tasks' gradients conflict."""
-
-    def __init__(self):
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-        self.heads = nn.ModuleDict({t: nn.Linear(2, 1) for t in TASKS})
-        for head in self.heads.values():
-            nn.init.ones_(head.weight)
-
-    def forward(self, x):
-        z = self.trunk(x)
-        return {t: head(z).squeeze(-1) for t, head in self.heads.items()}
-
-
-@pytest.fixture(autouse=True)
-def _own_random_state():
-    """Every test starts from one seed and leaves the process's random state as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def make_net(seed=0, dtype=torch.float64):
