@@ -203,6 +203,11 @@ class MTLOptimizer(Optimizer):
         """
         self._surgery.observe(losses)
 
+    def epoch_end(self) -> None:
+        """Tells the method that an epoch is over: those that go by epochs (`EpochMethod`) learn from it, others ignore
+        it. A method with a ``window`` of steps needs no call."""
+        self._surgery.rule.epoch_end()
+
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         """Micro-batches as one batch: every ``backward`` inside only adds to the per-task rows, and the surgery runs

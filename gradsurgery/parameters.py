@@ -122,10 +122,10 @@ class Parameters:
             ValueError: all of them are frozen.
         """
         active = [p for p in self._all_shared() if p.requires_grad]
-        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in active):
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in (*active, *self.task_specific())):
             raise ValueError(
-                "A shared parameter has a post-accumulate-grad hook (optimizer-in-backward, perhaps), which fires in "
-                "an ordinary backward only: under surgery it would run on the wrong gradient, or never. Remove it, and "
+                "A parameter has a post-accumulate-grad hook (optimizer-in-backward, perhaps), which fires in an "
+                "ordinary backward only: under surgery it would run on the wrong gradient, or never. Remove it, and "
                 "step after opt.backward(losses)."
             )
         if not active:

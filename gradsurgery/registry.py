@@ -64,6 +64,25 @@ class ObservingMethod(Method):
 
 
 @dataclass(frozen=True)
+class EpochMethod(Method):
+    """A method that goes by epochs: by calls of `MTLOptimizer.epoch_end`, or by itself every ``window`` steps.
+
+    Args:
+        window: steps that make an epoch; None waits for `MTLOptimizer.epoch_end`.
+    """
+
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise ValueError(f"window must be a whole number of steps, 1 or more, or None; got {self.window!r}.")
+
+    @abc.abstractmethod
+    def epoch_end(self, state: State) -> State:
+        """The state with which the next epoch begins."""
+
+
+@dataclass(frozen=True)
 class MethodInfo:
     """What is known of a registered method.
 

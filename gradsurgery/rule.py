@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from gradsurgery.losses import TaskLosses
-from gradsurgery.registry import HeadPolicy, Method, ObservingMethod, State
+from gradsurgery.registry import EpochMethod, HeadPolicy, Method, ObservingMethod, State
 from gradsurgery.stats import Needs, Stats
 
 FORMAT = 1
@@ -165,6 +165,11 @@ class Rule:
             return
         index, values, before = self._present(losses)
         self._keep(before, self.method.observe(values, before), values.isfinite().all(), index)
+
+    def epoch_end(self) -> None:
+        """Tells the method that an epoch is over."""
+        if isinstance(self.method, EpochMethod) and self.tasks is not None:
+            self._state = self.method.epoch_end(self._state)
 
     def _present(self, losses: TaskLosses) -> tuple[Tensor | None, Tensor, State]:
         """Positions of the present tasks (None where all are), their losses, and their part of the state."""

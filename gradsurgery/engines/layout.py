@@ -10,7 +10,7 @@ from torch import Tensor
 ALIGNMENT = 32
 # Elements. On the CPU a direction is made in pieces of this size: malloc returns a larger block to the system when it
 # is freed, and faulting it in again costs three times the arithmetic.
-PIECE = 1 << 20
+PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,20 @@ class Layout:
         """The T x P pieces of `rows`, made once."""
         self.rows(T)
         return self._row_views
+
+    def memory(self, piece: Piece, gradients: Sequence[Tensor | None]) -> Tensor | None:
+        """The memory (n,) of a gradient that makes up the whole piece and lies as in a row; None where there is none.
+
+        Args:
+            piece: of n elements.
+            gradients: P gradients that may be overwritten, or None.
+        """
+        g = gradients[piece.first]
+        shape, stride, _ = self._places[piece.first]
+        n = piece.stop - piece.start
+        if piece.last > piece.first + 1 or g is None or g.layout is not torch.strided or g.dtype != self.dtype:
+            return None
+        return g.as_strided((n,), (1,)) if g.stride() == stride and shape.numel() == n else None
 
     def views(self, row: Tensor, piece: Piece | None = None) -> list[Tensor]:
         """What a row (d,), or that piece of one, holds of each parameter, in its shape and memory order."""

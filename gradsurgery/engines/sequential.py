@@ -9,7 +9,7 @@ from torch import Tensor
 from gradsurgery import kernels
 from gradsurgery.engines.engine import Engine, Measurement
 from gradsurgery.engines.layout import Layout
-from gradsurgery.losses import TaskLosses
+from gradsurgery.losses import Output, TaskLosses
 
 Gradients = Sequence[Tensor | None]
 
@@ -24,14 +24,16 @@ class Rows(Measurement):
         self._filled = [False] * T
         self._reached = [False] * len(layout.params)
         self._own: list[dict[Tensor, Tensor]] = [{} for _ in range(T)]
+        self._spare: Gradients = [None] * len(layout.params)
 
-    def put(self, task: int, shared: Gradients, own: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    def put(self, task: int, shared: Gradients, own: Iterable[tuple[Tensor, Tensor | None]], *, ours: bool) -> None:
         """Adds a task's gradients: None stands for a parameter that its loss does not reach.
 
         Args:
             task: its row.
             shared: gradients of the layout's parameters.
             own: other parameters with their gradients.
+            ours: whether nothing else shares the gradients' memory, so that it may be written to.
         """
         self._reached = [seen or g is not None for seen, g in zip(self._reached, shared, strict=True)]
         if self._filled[task]:
@@ -42,8 +44,9 @@ class Rows(Measurement):
         kept = self._own[task]
         for p, g in own:
             if g is not None:
-                # A copy: what autograd returns may share memory with the graph, another gradient or the user.
-                kept[p] = _sum(kept[p], g) if p in kept else g.clone()
+                kept[p] = _sum(kept[p], g) if p in kept else (g if ours else g.clone())
+        if ours:
+            self._spare = shared
 
     def _complete(self) -> Tensor:
         for task, filled in enumerate(self._filled):
@@ -59,8 +62,8 @@ class Rows(Measurement):
         rows = self._complete()
         for piece in self._layout.pieces:
             columns = rows[:, piece.start : piece.stop]
-            block = piece.block if len(weights) > 1 else 0
-            direction = kernels.combine(weights[block : block + 1], columns, [0, columns.shape[1]])
+            weight = weights[piece.block if len(weights) > 1 else 0]
+            direction = kernels.combine_block(weight, columns, self._layout.memory(piece, self._spare))
             views = self._layout.views(direction, piece)
             span = slice(piece.first, piece.last)
             reached = zip(self._layout.params[span], views, self._reached[span], strict=True)
@@ -72,7 +75,7 @@ class Rows(Measurement):
 
 
 class Sequential(Engine):
-    """T calls of `torch.autograd.grad`, each copied once into its row of a preallocated (T, d) matrix."""
+    """A backward pass a task, each copied once into its row of a preallocated (T, d) matrix."""
 
     name: ClassVar[str] = "sequential"
 
@@ -93,17 +96,30 @@ class Sequential(Engine):
             output = losses.outputs[task]
             assert output is not None
             seed = torch.ones_like(losses.values[task]) if grad_scale is None else grad_scale
-            gradients = torch.autograd.grad(
-                output,
-                inputs,
-                grad_outputs=seed_like(seed, output),
-                retain_graph=task != present[-1],
-                allow_unused=True,
-            )
-            rows.put(task, gradients[:split], zip(task_specific, gradients[split:], strict=True))
+            seed = seed_like(seed, output)
+            if task == present[-1]:
+                gradients = _own_gradients(output, seed, inputs)
+            else:
+                gradients = torch.autograd.grad(output, inputs, grad_outputs=seed, retain_graph=True, allow_unused=True)
+            own = zip(task_specific, gradients[split:], strict=True)
+            rows.put(task, gradients[:split], own, ours=task == present[-1])
             # Freed before the next pass, which then finds its memory: one set of gradients at a time, still in cache.
-            del gradients
+            del gradients, own
         return rows
+
+
+def _own_gradients(output: Output, seed: Tensor, inputs: Sequence[Tensor]) -> Gradients:
+    """Gradients that may be written to. What `torch.autograd.grad` returns may share memory with the graph, another
+    gradient or the user; what a backward pass leaves in ``.grad`` is the parameter's own."""
+    before = [p.grad for p in inputs]
+    try:
+        for p in inputs:
+            p.grad = None
+        torch.autograd.backward(output, seed, inputs=inputs)
+        return [p.grad for p in inputs]
+    finally:
+        for p, g in zip(inputs, before, strict=True):
+            p.grad = g
 
 
 def seed_like(value: Tensor, output: Tensor | torch.autograd.graph.GradientEdge) -> Tensor:
