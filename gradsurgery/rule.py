@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from gradsurgery.losses import TaskLosses
 from gradsurgery.registry import EpochMethod, HeadPolicy, Method, ObservingMethod, State
-from gradsurgery.stats import Needs, Stats
+from gradsurgery.stats import Needs, Stats, all_finite
 
 FORMAT = 1
 
@@ -139,7 +139,7 @@ class Rule:
             gramian = gramian[:, index][:, :, index]
         stats, finite = Stats(values, gramian).sanitized()
         w, after, diagnostics = self.method.weights(stats, before, self._generator)
-        finite = self._keep(before, after, finite & w.isfinite().all(), index)
+        finite = self._keep(before, after, finite & all_finite(w), index)
         if index is not None:
             w = w.new_zeros(len(w), len(losses.tasks)).index_copy_(1, index, w)
         previous = torch.ones_like(w) if self._weights is None else self._weights
@@ -153,7 +153,7 @@ class Rule:
         """Takes over the next state, unless something in it or before it is not finite."""
         for key, tensor in after.items():
             if tensor is not before[key]:
-                finite = finite & tensor.isfinite().all()
+                finite = finite & all_finite(tensor)
         for key, tensor in after.items():
             if tensor is not before[key]:
                 self._state[key] = self._put(key, torch.where(finite, tensor, before[key]), index)
@@ -164,7 +164,7 @@ class Rule:
         if not isinstance(self.method, ObservingMethod) or self.tasks is None:
             return
         index, values, before = self._present(losses)
-        self._keep(before, self.method.observe(values, before), values.isfinite().all(), index)
+        self._keep(before, self.method.observe(values, before), all_finite(values), index)
 
     def epoch_end(self) -> None:
         """Tells the method that an epoch is over."""

@@ -33,13 +33,20 @@ class Stats:
 
     def sanitized(self) -> "tuple[Stats, Tensor]":
         """Statistics that are safe to solve for, and whether () they are these: a solver never sees NaN or Inf."""
-        finite = self.losses.isfinite().all()
         gramian = self.gramian
-        if gramian is not None:
-            finite = finite & gramian.isfinite().all()
+        if gramian is None:
+            finite = all_finite(self.losses)
+        else:
+            finite = all_finite(self.losses, gramian)
             identity = torch.eye(gramian.shape[-1], dtype=gramian.dtype, device=gramian.device)
             gramian = torch.where(finite, gramian, identity)
         return Stats(torch.where(finite, self.losses, 1.0), gramian), finite
+
+
+def all_finite(*tensors: Tensor) -> Tensor:
+    """Whether () every entry is finite. A sum is NaN or infinite if an entry is; one that leaves the range of float64
+    over finite entries counts as not finite."""
+    return torch.stack([tensor.sum() for tensor in tensors]).sum().isfinite()
 
 
 def cosines(gramian: Tensor) -> Tensor:
