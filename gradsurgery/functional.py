@@ -9,14 +9,16 @@ from torch import Generator, Tensor
 from gradsurgery import kernels
 from gradsurgery.methods.cagrad import cagrad
 from gradsurgery.methods.famo import famo
+from gradsurgery.methods.graddrop import graddrop
 from gradsurgery.methods.mgda import mgda
 from gradsurgery.methods.nash_mtl import nash_mtl
 from gradsurgery.methods.pcgrad import pcgrad
+from gradsurgery.methods.trimmed_mean import trimmed_mean
 from gradsurgery.methods.upgrad import upgrad
-from gradsurgery.registry import build_method
+from gradsurgery.registry import ColumnMethod, Method, build_method
 from gradsurgery.stats import Needs, Stats
 
-__all__ = ["aggregate", "cagrad", "famo", "mgda", "nash_mtl", "pcgrad", "upgrad"]
+__all__ = ["aggregate", "cagrad", "famo", "graddrop", "mgda", "nash_mtl", "pcgrad", "trimmed_mean", "upgrad"]
 
 
 def aggregate(
@@ -66,6 +68,9 @@ def aggregate(
     rule = build_method(method, hparams)
     state = rule.init(T, len(sizes), dtype=torch.float64, device=jacobian.device)
     with torch.autocast(jacobian.device.type, enabled=False):
+        if isinstance(rule, ColumnMethod):
+            return rule.columns(jacobian, state, generator) + 0 * (jacobian.sum(dim=0) + losses.sum())
+        assert isinstance(rule, Method)
         gramian = kernels.gramian(jacobian, bounds) if Needs.GRAMIAN in rule.needs else None
         stats, finite = Stats(losses.double(), gramian).sanitized()
         w, _, _ = rule.weights(stats, state, generator)

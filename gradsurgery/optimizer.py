@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from gradsurgery.engines import Engine, make_engine
 from gradsurgery.losses import Losses
 from gradsurgery.parameters import Blocks, Parameters, SharedParams
-from gradsurgery.registry import HeadPolicy, Method, build_method, get_method, list_methods
+from gradsurgery.registry import BaseMethod, ColumnMethod, HeadPolicy, build_method, get_method, list_methods
 from gradsurgery.rule import GramianFunction, Rule
 from gradsurgery.stats import StepInfo
 from gradsurgery.surgery import Surgery
 
-MethodLike = str | Method | Callable[[Tensor], Tensor]
+MethodLike = str | BaseMethod | Callable[[Tensor], Tensor]
 
 
 class MTLOptimizer(Optimizer):
@@ -89,6 +89,11 @@ class MTLOptimizer(Optimizer):
             raise ValueError(
                 f"update_every={update_every} takes one weighted backward between solves, which has one weight a task, "
                 "while blocks give each its own. Use blocks='model' or update_every=1."
+            )
+        if isinstance(rule, ColumnMethod) and (heads == "weighted" or update_every > 1):
+            raise ValueError(
+                f"{name} works coordinate by coordinate and has no weights: neither heads='weighted' nor update_every "
+                "has anything to go by. Leave both at their defaults, or use a method with weights."
             )
         self.base_opt = base_opt
         self._surgery = Surgery(
@@ -337,7 +342,7 @@ def _check_base(base_opt: Optimizer) -> None:
 
 def _make_method(
     method: MethodLike, preference: Sequence[float] | None, hparams: dict[str, Any]
-) -> tuple[Method, str, HeadPolicy]:
+) -> tuple[BaseMethod, str, HeadPolicy]:
     """The method, its name, and its head policy."""
     if isinstance(method, str):
         info = get_method(method)
@@ -353,7 +358,7 @@ def _make_method(
     if hparams or preference is not None:
         extra = [*hparams, *(["preference"] if preference is not None else [])]
         raise ValueError(f"{', '.join(extra)} go to a method by name; set them on the method that you pass.")
-    if isinstance(method, Method):
+    if isinstance(method, BaseMethod):
         known = [get_method(name) for name in list_methods()]
         found = next((info for info in known if info.cls is type(method)), None)
         return (method, found.name, found.heads) if found else (method, type(method).__qualname__, "unweighted")

@@ -26,11 +26,11 @@ GUARANTEES = {
 
 
 @dataclass(frozen=True)
-class Method(abc.ABC):
-    """A weighting or surgery rule: a frozen set of hyperparameters and two pure functions.
+class BaseMethod(abc.ABC):
+    """What every rule has: a frozen set of hyperparameters, what it must see, and the state it starts from.
 
-    A subclass is a frozen dataclass whose fields are its hyperparameters, validated in ``__post_init__``; ``needs``
-    says what it must see.
+    A subclass of `Method` or `ColumnMethod` is a frozen dataclass whose fields are its hyperparameters, validated in
+    ``__post_init__``; ``needs`` says what it must see.
     """
 
     needs: ClassVar[Needs]
@@ -44,6 +44,11 @@ class Method(abc.ABC):
     def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:
         """All of the method's state, allocated in full; absent tasks are cut out of it along `task_axes`."""
 
+
+@dataclass(frozen=True)
+class Method(BaseMethod):
+    """A rule whose direction is a weighted sum of the task gradients."""
+
     @abc.abstractmethod
     def weights(
         self, stats: Stats, state: State, generator: Generator | None
@@ -51,6 +56,20 @@ class Method(abc.ABC):
         """Task weights (B, T), the next state, and diagnostics (``residual`` (B,) where a solver ran).
 
         Pure: nothing is kept on ``self``, random numbers come from ``generator`` alone, nothing synchronises.
+        """
+
+
+@dataclass(frozen=True)
+class ColumnMethod(BaseMethod):
+    """A rule that works coordinate by coordinate, and has no weights. Its heads take raw gradients."""
+
+    needs: ClassVar[Needs] = Needs.COLUMNS
+
+    @abc.abstractmethod
+    def columns(self, jacobian: Tensor, state: State, generator: Generator | None) -> Tensor:
+        """The direction (n,) in n coordinates of the task gradients (T, n), in their dtype.
+
+        Pure, as `Method.weights` is; called for one piece of the parameters after another.
         """
 
 
@@ -88,7 +107,7 @@ class MethodInfo:
 
     Attributes:
         name: registered name, snake case.
-        cls: the `Method` class.
+        cls: its class.
         needs: what it must see.
         paper: title and link.
         venue: where it was published.
@@ -99,7 +118,7 @@ class MethodInfo:
     """
 
     name: str
-    cls: type[Method]
+    cls: type[BaseMethod]
     needs: Needs
     paper: str
     venue: str
@@ -110,7 +129,7 @@ class MethodInfo:
 
 
 _METHODS: dict[str, MethodInfo] = {}
-_M = TypeVar("_M", bound=type[Method])
+_M = TypeVar("_M", bound=type[BaseMethod])
 
 
 def register(
@@ -186,7 +205,7 @@ def get_method(name: str) -> MethodInfo:
     raise ValueError(f"There is no method named {name!r}. {closest(name, list_methods())}")
 
 
-def build_method(name: str, hparams: Mapping[str, Any]) -> Method:
+def build_method(name: str, hparams: Mapping[str, Any]) -> BaseMethod:
     """The method ``name`` with ``hparams``, every one of which it must have.
 
     Raises:

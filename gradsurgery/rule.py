@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from gradsurgery.losses import TaskLosses
-from gradsurgery.registry import EpochMethod, HeadPolicy, Method, ObservingMethod, State
+from gradsurgery.registry import BaseMethod, ColumnMethod, EpochMethod, HeadPolicy, Method, ObservingMethod, State
 from gradsurgery.stats import Needs, Stats, all_finite
 
 FORMAT = 1
@@ -44,7 +44,7 @@ class GramianFunction(Method):
 class Rule:
     """The mutable half of a method, which is all that a checkpoint has to keep."""
 
-    def __init__(self, method: Method, name: str, update_every: int, seed: int, heads: HeadPolicy = "unweighted"):
+    def __init__(self, method: BaseMethod, name: str, update_every: int, seed: int, heads: HeadPolicy = "unweighted"):
         self.method = method
         self.name = name
         self.update_every = update_every
@@ -137,6 +137,7 @@ class Rule:
         index, values, before = self._present(losses)
         if index is not None and gramian is not None:
             gramian = gramian[:, index][:, :, index]
+        assert isinstance(self.method, Method)
         stats, finite = Stats(values, gramian).sanitized()
         w, after, diagnostics = self.method.weights(stats, before, self._generator)
         finite = self._keep(before, after, finite & all_finite(w), index)
@@ -148,6 +149,19 @@ class Rule:
         self._finite = finite if self.update_every > 1 else None
         self._solved_for, self._steps = losses.present, self._steps + 1
         return torch.where(finite, w, torch.nan), diagnostics
+
+    def columns(self, losses: TaskLosses) -> Callable[[Tensor], Tensor]:
+        """The rule of a method that works column by column: J (T, n) -> direction (n,), NaN where J is not finite."""
+        method = self.method
+        assert isinstance(method, ColumnMethod)
+        index, _, state = self._present(losses)
+
+        def direct(jacobian: Tensor) -> Tensor:
+            present = jacobian if index is None else jacobian[index]
+            direction = method.columns(present, state, self._generator)
+            return torch.where(present.sum(dim=0).isfinite(), direction, torch.nan)
+
+        return direct
 
     def _keep(self, before: State, after: State, finite: Tensor, index: Tensor | None) -> Tensor:
         """Takes over the next state, unless something in it or before it is not finite."""
@@ -268,7 +282,7 @@ class Rule:
         return {**self.__dict__, "_random": self._random_state(), "_generator": None}
 
 
-def _hparams(method: Method) -> dict[str, Any]:
+def _hparams(method: BaseMethod) -> dict[str, Any]:
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
     return json.loads(json.dumps(fields, default=lambda value: getattr(value, "__qualname__", type(value).__name__)))
 

@@ -16,6 +16,7 @@ class Needs(enum.Flag):
 
     LOSSES = enum.auto()
     GRAMIAN = enum.auto()
+    COLUMNS = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class StepInfo:
         tasks: names of the T tasks, in the order of every task axis below.
         losses: (T,) float64; NaN for a task that was absent.
         weights: (B, T) float64, what each task's gradient was multiplied by; 0 for an absent task, NaN where a loss or
-            the Gramian is not finite. None while rows are only being held (inside `MTLOptimizer.accumulate`).
+            the Gramian is not finite. None while rows are only being held (inside `MTLOptimizer.accumulate`), and of a
+            method that works column by column.
         gramian: (B, T, T) float64, 0 in the rows of an absent task; None in a step that measured no gradients
             (a method that needs only losses, or a step between two solves of ``update_every``).
         residual: (B,) float64, relative optimality residual that the solver reached; None for closed forms.

@@ -52,15 +52,15 @@ class Surgery:
         """See `MTLOptimizer.backward`."""
         read = read_losses(losses, self.rule.tasks)
         grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
-        gramian = Needs.GRAMIAN in self.rule.method.needs
-        if self.holding or gramian or self.rule.heads == "unweighted":
+        gradients = bool(self.rule.method.needs & (Needs.GRAMIAN | Needs.COLUMNS))
+        if self.holding or gradients or self.rule.heads == "unweighted":
             self._prepare(read)
         self.rule.start(read.tasks, 1 if self._layout is None else self._layout.blocks, read.values.device)
         before = self.rule.snapshot()
         try:
             if self.holding:
                 return self._hold(read, grad_scale)
-            if gramian and self.rule.due(read):
+            if gradients and self.rule.due(read):
                 self.info = self._apply(read, self._measure(read, grad_scale), grad_scale)
             else:
                 self.info = self._weighted(read, self._next_weights(read), grad_scale)
@@ -135,6 +135,9 @@ class Surgery:
             return self._operate(losses, measured, grad_scale)
 
     def _operate(self, losses: TaskLosses, measured: Measurement, grad_scale: Tensor | None) -> StepInfo:
+        if Needs.COLUMNS in self.rule.method.needs:
+            measured.write_columns(self.rule.columns(losses))
+            return StepInfo(losses.tasks, losses.values, None, None, None, self.engine.name)
         gramian = None
         if Needs.GRAMIAN in self.rule.method.needs:
             gramian = measured.gramian()

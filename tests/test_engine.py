@@ -14,9 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsurgery import MTLOptimizer, aggregate, get_method, kernels, list_methods
 from gradsurgery.kernels import flat as flat_kernels
+from gradsurgery.stats import Needs
+
+COLUMN_METHODS = list_methods(needs=Needs.COLUMNS)
+# Per-coordinate draws are the engine's own: their law is tested on a matrix.
+DRAWN_BY_COLUMN = [n for n in COLUMN_METHODS if get_method(n).randomized]
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", [n for n in list_methods() if n not in DRAWN_BY_COLUMN])
 def test_trunk_gradient_is_the_aggregate_of_the_jacobian(name: str) -> None:
     model, x = Toy(), batch()
     opt = optimizer(model, name, seed=5)
@@ -36,6 +41,10 @@ def test_trunk_gradient_is_the_aggregate_of_the_jacobian(name: str) -> None:
 @pytest.mark.parametrize("name", list_methods())
 def test_head_policy(name: str, heads: str | None) -> None:
     model, x = Toy(), batch()
+    if heads == "weighted" and name in COLUMN_METHODS:
+        with pytest.raises(ValueError, match="has no weights"):
+            optimizer(model, name, heads=heads)
+        return
     opt = optimizer(model, name, heads=heads, seed=1)
     info = opt.backward(model.losses(x))
     policy = heads or get_method(name).heads
@@ -160,14 +169,15 @@ def test_an_absent_task_drops_out_and_its_state_waits(name: str, form: str) -> N
     partial = dict(zip(keys, model.losses(x), strict=True))
     partial = {**partial, "b": None} if form == "none" else {k: v for k, v in partial.items() if k != "b"}
     info = opt.backward(partial)
-    assert info.weights[0, 1] == 0
+    assert info.weights is None if name in COLUMN_METHODS else info.weights[0, 1] == 0
     assert info.losses[1].isnan()
     assert all(p.grad is None for p in model.heads[1].parameters())
     for key, tensor in opt._surgery.rule._state.items():
         assert torch.equal(tensor[1], before[key][1]), key
-    if get_method(name).needs.name == "GRAMIAN" and not get_method(name).randomized:
+    if get_method(name).needs is not Needs.LOSSES and not get_method(name).randomized:
         J = jacobian(model, x)[[0, 2]]
         torch.testing.assert_close(trunk_gradient(model), aggregate(J, name))
+    if info.gramian is not None:
         assert not info.gramian[0, 1].any()
         assert info.gramian[0, 0, 2] != 0
 
@@ -176,6 +186,8 @@ def test_an_absent_task_drops_out_and_its_state_waits(name: str, form: str) -> N
 @pytest.mark.parametrize("heads", ["weighted", "unweighted"])
 @pytest.mark.parametrize("blocks", ["model", "tensor"])
 def test_accumulated_micro_batches_equal_the_batch(name: str, heads: str, blocks: str) -> None:
+    if heads == "weighted" and name in COLUMN_METHODS:
+        pytest.skip("has no weights")
     model, x = Toy(), batch(12)
     whole = copy.deepcopy(model)
     reference = optimizer(whole, name, heads=heads, blocks=blocks, seed=0)
@@ -187,7 +199,10 @@ def test_accumulated_micro_batches_equal_the_batch(name: str, heads: str, blocks
             assert held.weights is None
             assert all(p.grad is None for p in model.parameters())
     torch.testing.assert_close(opt.info.losses, reference.info.losses)
-    torch.testing.assert_close(opt.info.weights, reference.info.weights)
+    if name in COLUMN_METHODS:
+        assert opt.info.weights is None
+    else:
+        torch.testing.assert_close(opt.info.weights, reference.info.weights)
     for p, q in zip(model.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
 

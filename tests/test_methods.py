@@ -25,6 +25,8 @@ HPARAMS: dict[str, list[dict[str, Any]]] = {
     "cagrad": [{}, {"c": 0.9, "rescale": 0, "scale": "mean"}, {"c": 0.0}, {"c": 3.0, "rescale": 2}],
 }
 METHODS = list_methods()
+COLUMN_METHODS = list_methods(needs=Needs.COLUMNS)
+WEIGHTING_METHODS = [name for name in METHODS if name not in COLUMN_METHODS]
 
 
 def direction(name: str, J: torch.Tensor, seed: int = 0, **hparams: Any) -> torch.Tensor:
@@ -49,7 +51,7 @@ def solvable(name: str, zoo: str) -> bool:
 @pytest.mark.parametrize("zoo", ZOO)
 @pytest.mark.parametrize(
     ("name", "hparams"),
-    [(name, hparams) for name in METHODS if name != "famo" for hparams in HPARAMS.get(name, [{}])],
+    [(name, hparams) for name in METHODS if name not in ("famo", "graddrop") for hparams in HPARAMS.get(name, [{}])],
 )
 def test_oracle(name: str, hparams: dict[str, Any], zoo: str) -> None:
     if not solvable(name, zoo):
@@ -125,7 +127,7 @@ def test_finite(name: str, zoo: str) -> None:
 
 
 @pytest.mark.parametrize("zoo", ZOO)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHTING_METHODS)
 def test_depends_on_angles_and_norms_alone(name: str, zoo: str) -> None:
     """u(J Q) = u(J) Q for an orthogonal Q."""
     J = ZOO[zoo]
@@ -147,11 +149,11 @@ def test_permutation_equivariant(name: str, zoo: str) -> None:
         u = functional.pcgrad(J[order] @ J[order].T, inverse[orders[order]]) @ J[order]
         assert_close(u, functional.pcgrad(J @ J.T, orders) @ J, J, rtol=1e-7)
     else:
-        assert not get_method(name).randomized
+        assert not get_method(name).randomized or name in COLUMN_METHODS
         assert_close(direction(name, J[order]), direction(name, J), J, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHTING_METHODS)
 def test_blocks_are_the_loop_over_blocks(name: str) -> None:
     J = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)).double()
     whole = direction(name, J, blocks=[7, 0, 3, 20])
@@ -173,12 +175,17 @@ def test_deterministic_under_a_generator(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_compiles_into_one_graph(name: str) -> None:
     method = build_method(name, {})
-    stats = stats_of(ZOO["random_3"])
+    J, stats = ZOO["random_3"], stats_of(ZOO["random_3"])
     state = method.init(3, 1, dtype=torch.float64, device=torch.device("cpu"))
+
+    def rule(state: dict[str, torch.Tensor]) -> torch.Tensor:
+        return method.weights(stats, state, None)[0] if isinstance(method, Method) else method.columns(J, state, None)
+
+    torch._dynamo.reset()  # every method compiles the one `rule` anew
     torch.manual_seed(0)
-    eager = method.weights(stats, state, None)[0]
+    eager = rule(state)
     torch.manual_seed(0)
-    compiled = torch.compile(lambda s: method.weights(stats, s, None)[0], fullgraph=True, backend="aot_eager")(state)
+    compiled = torch.compile(rule, fullgraph=True, backend="aot_eager")(state)
     torch.testing.assert_close(compiled, eager)
 
 
@@ -301,7 +308,7 @@ def test_float32_in_float32_out() -> None:
     assert direction("upgrad", ZOO["random_3"].float()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHTING_METHODS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_step_does_not_poison_state(name: str, bad: float) -> None:
     """Two runs, one of which meets a non-finite batch in between, agree afterwards (the random draw aside)."""
@@ -343,6 +350,39 @@ def test_torchjd_agrees_where_it_is_right(name: str) -> None:
         torch.testing.assert_close(ours, theirs(J), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", COLUMN_METHODS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_column_shows_and_spoils_no_other(name: str, bad: float) -> None:
+    J = ZOO["random_5"].clone()
+    J[2, 3] = bad
+    u = direction(name, J)
+    assert u[3].isnan()
+    assert u.isfinite().sum() == J.shape[1] - 1
+
+
+def test_graddrop_keeps_signs_by_their_purity() -> None:
+    J = ZOO["random_5"]
+    positive, negative = J.clamp(min=0).sum(dim=0), J.clamp(max=0).sum(dim=0)
+    draws = torch.stack([direction("graddrop", J, seed=s) for s in range(2000)])
+    kept = torch.isclose(draws, positive)
+    assert (kept | torch.isclose(draws, negative)).all()
+    purity = 0.5 * (1 + J.sum(dim=0) / J.abs().sum(dim=0))
+    assert ((kept.double().mean(dim=0) - purity).abs() < 0.05).all()
+    leaky = direction("graddrop", J, leak=0.25)
+    torch.testing.assert_close(leaky, 0.25 * J.sum(dim=0) + 0.75 * direction("graddrop", J))
+    torch.testing.assert_close(direction("graddrop", ZOO["all_aligned"]), ZOO["all_aligned"].sum(dim=0))
+
+
+def test_trimmed_mean_against_torchjd_and_the_median() -> None:
+    from torchjd import aggregation
+
+    J = ZOO["random_10"]
+    torch.testing.assert_close(direction("trimmed_mean", J, trim=2), aggregation.TrimmedMean(2)(J))
+    odd = ZOO["random_5"]
+    torch.testing.assert_close(direction("trimmed_mean", odd, trim=7), odd.median(dim=0).values)
+    torch.testing.assert_close(direction("trimmed_mean", odd, trim=0), odd.mean(dim=0))
+
+
 def test_list_and_get() -> None:
     assert list_methods("*grad") == sorted(n for n in METHODS if n.endswith("grad"))
     assert {"ew", "famo"} <= set(list_methods(needs=Needs.LOSSES))
@@ -374,6 +414,8 @@ def test_a_duplicate_name_is_refused() -> None:
         ("nash_mtl", {"preference": (1.0, -1.0)}, "positive finite"),
         ("famo", {"lr": 0.0}, "positive"),
         ("famo", {"weight_decay": -1.0}, ">= 0"),
+        ("graddrop", {"leak": 1.5}, "a share"),
+        ("trimmed_mean", {"trim": -1}, "0 or more"),
     ],
 )
 def test_hyperparameters_out_of_range_are_refused(name: str, hparams: dict[str, Any], message: str) -> None:

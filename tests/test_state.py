@@ -65,12 +65,12 @@ def losses_of(model, step):
 
 
 def train(model, opt, steps, start=0, form=lambda losses: losses):
-    """Train; the weights of every step."""
+    """Train; the weights of every step, or the model after it where the method has none."""
     weights = []
     for i in range(start, start + steps):
         opt.zero_grad()
         opt.step(form(losses_of(model, i)))
-        weights.append(opt.info.weights.clone())
+        weights.append(values(model) if opt.info.weights is None else opt.info.weights.clone())
     return weights
 
 

@@ -1,7 +1,7 @@
 """The contract of an engine."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -24,6 +24,14 @@ class Measurement(abc.ABC):
         Args:
             weights: (B, T), of the shared parameters, or (1, T) for the same in all blocks.
             head_weights: (T,), of the task-specific parameters; None leaves their gradients raw.
+        """
+
+    @abc.abstractmethod
+    def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
+        """As `write`, for a rule that works column by column; task-specific gradients stay raw.
+
+        Args:
+            columns: (T, n) columns of the task gradients -> (n,) of the direction.
         """
 
 

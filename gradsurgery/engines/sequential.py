@@ -1,6 +1,6 @@
 """One backward pass a task: exact for any model, and the oracle of every other engine."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradsurgery import kernels
 from gradsurgery.engines.engine import Engine, Measurement
-from gradsurgery.engines.layout import Layout
+from gradsurgery.engines.layout import Layout, Piece
 from gradsurgery.losses import Output, TaskLosses
 
 Gradients = Sequence[Tensor | None]
@@ -59,11 +59,19 @@ class Rows(Measurement):
         return kernels.gramian(self._complete(), self._layout.bounds)
 
     def write(self, weights: Tensor, head_weights: Tensor | None) -> None:
+        def combine(piece: Piece, rows: Tensor) -> Tensor:
+            weight = weights[piece.block if len(weights) > 1 else 0]
+            return kernels.combine_block(weight, rows, self._layout.memory(piece, self._spare))
+
+        self._write(combine, head_weights)
+
+    def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
+        self._write(lambda piece, rows: columns(rows), None)
+
+    def _write(self, direct: Callable[[Piece, Tensor], Tensor], head_weights: Tensor | None) -> None:
         rows = self._complete()
         for piece in self._layout.pieces:
-            columns = rows[:, piece.start : piece.stop]
-            weight = weights[piece.block if len(weights) > 1 else 0]
-            direction = kernels.combine_block(weight, columns, self._layout.memory(piece, self._spare))
+            direction = direct(piece, rows[:, piece.start : piece.stop])
             views = self._layout.views(direction, piece)
             span = slice(piece.first, piece.last)
             reached = zip(self._layout.params[span], views, self._reached[span], strict=True)
