@@ -40,6 +40,8 @@ class MTLOptimizer(Optimizer):
             weighted sum (``"weighted"``; with several blocks, by the mean weight over blocks). None: as the method's
             authors ran it (see `get_method`).
         update_every: solve for weights every so many steps, and take one ordinary weighted backward in between.
+        average: share of the past in a running mean of the weights, in [0, 1): ``average * mean + (1 - average) *
+            weights``, as CR-MOGM (Zhou et al., NeurIPS 2022) steadies any method's weights. 0 takes them as they are.
         preference: T positive numbers, one a task, for the methods that can take them.
         seed: of the method's random numbers; None derives it from `torch.initial_seed`.
         **hparams: the method's hyperparameters.
@@ -72,6 +74,7 @@ class MTLOptimizer(Optimizer):
         blocks: Blocks = "model",
         heads: HeadPolicy | None = None,
         update_every: int = 1,
+        average: float = 0.0,
         preference: Sequence[float] | None = None,
         seed: int | None = None,
         **hparams: Any,
@@ -90,14 +93,16 @@ class MTLOptimizer(Optimizer):
                 f"update_every={update_every} takes one weighted backward between solves, which has one weight a task, "
                 "while blocks give each its own. Use blocks='model' or update_every=1."
             )
-        if isinstance(rule, ColumnMethod) and (heads == "weighted" or update_every > 1):
+        if not isinstance(average, (int, float)) or not 0 <= average < 1:
+            raise ValueError(f"average is a share of the past: it must be in [0, 1); got {average!r}.")
+        if isinstance(rule, ColumnMethod) and (heads == "weighted" or update_every > 1 or average):
             raise ValueError(
-                f"{name} works coordinate by coordinate and has no weights: neither heads='weighted' nor update_every "
-                "has anything to go by. Leave both at their defaults, or use a method with weights."
+                f"{name} works coordinate by coordinate and has no weights: heads='weighted', update_every and average "
+                "have nothing to go by. Leave them at their defaults, or use a method with weights."
             )
         self.base_opt = base_opt
         self._surgery = Surgery(
-            Rule(rule, name, update_every, torch.initial_seed() if seed is None else seed, heads or policy),
+            Rule(rule, name, update_every, torch.initial_seed() if seed is None else seed, heads or policy, average),
             make_engine(engine),
             Parameters(base_opt, shared_params, blocks),
         )

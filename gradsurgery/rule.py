@@ -44,8 +44,17 @@ class GramianFunction(Method):
 class Rule:
     """The mutable half of a method, which is all that a checkpoint has to keep."""
 
-    def __init__(self, method: BaseMethod, name: str, update_every: int, seed: int, heads: HeadPolicy = "unweighted"):
+    def __init__(
+        self,
+        method: BaseMethod,
+        name: str,
+        update_every: int,
+        seed: int,
+        heads: HeadPolicy = "unweighted",
+        average: float = 0.0,
+    ):
         self.method = method
+        self.average = average
         self.name = name
         self.update_every = update_every
         self.heads: HeadPolicy = heads
@@ -57,6 +66,7 @@ class Rule:
         self.tasks = None
         self._state: State = {}
         self._weights: Tensor | None = None
+        self._averaged: Tensor | None = None
         self._solved_for: list[int] = []
         self._finite: Tensor | None = None
         self._steps = 0
@@ -76,6 +86,8 @@ class Rule:
         if self.tasks is not None:
             _check_shapes(self.name, loaded, fresh)
         self._state = loaded if self.tasks is not None else fresh
+        if self._averaged is not None:
+            self._averaged = self._averaged.to(device)
         if self._weights is not None:
             self._weights = self._weights.to(device)
             if len(self._weights) != (blocks if Needs.GRAMIAN in self.method.needs else 1):
@@ -143,12 +155,24 @@ class Rule:
         finite = self._keep(before, after, finite & all_finite(w), index)
         if index is not None:
             w = w.new_zeros(len(w), len(losses.tasks)).index_copy_(1, index, w)
+        if self.average:
+            w = self._smooth(w, finite, index)
         previous = torch.ones_like(w) if self._weights is None else self._weights
         self._weights = torch.where(finite, w, previous)
         # Only a schedule ever asks again, and must not settle on a failed solve.
         self._finite = finite if self.update_every > 1 else None
         self._solved_for, self._steps = losses.present, self._steps + 1
         return torch.where(finite, w, torch.nan), diagnostics
+
+    def _smooth(self, w: Tensor, finite: Tensor, index: Tensor | None) -> Tensor:
+        """The running mean of the weights (B, T) over the steps in which a task was there, from its first weight on."""
+        old = torch.full_like(w, torch.nan) if self._averaged is None else self._averaged
+        mean = torch.where(old.isnan(), w, self.average * old + (1 - self.average) * w)
+        there = torch.ones_like(w, dtype=torch.bool)
+        if index is not None:
+            there = torch.zeros_like(there).index_fill_(1, index, True)
+        self._averaged = torch.where(finite & there, mean, old)
+        return torch.where(there, mean, 0.0)
 
     def columns(self, losses: TaskLosses) -> Callable[[Tensor], Tensor]:
         """The rule of a method that works column by column: J (T, n) -> direction (n,), NaN where J is not finite."""
@@ -222,6 +246,8 @@ class Rule:
             "hparams": _hparams(self.method),
             "update_every": self.update_every,
             "heads": self.heads,
+            "average": self.average,
+            "averaged": None if self._averaged is None else _to_json(self._averaged),
             "engine": engine,
             "tasks": self.tasks,
             "seed": self._seed,
@@ -246,6 +272,7 @@ class Rule:
             "hparams": _hparams(self.method),
             "update_every": self.update_every,
             "heads": self.heads,
+            "average": self.average,
         }
         if content.get("format") != FORMAT:
             raise ValueError(f"The checkpoint has format {content.get('format')!r}; this version reads {FORMAT}.")
@@ -272,6 +299,7 @@ class Rule:
         self._solved_for = content["solved_for"]
         self._finite = None if content["finite"] else torch.tensor(False)
         self._weights = None if content["weights"] is None else _from_json(content["weights"])
+        self._averaged = None if content["averaged"] is None else _from_json(content["averaged"])
         self._state = {key: _from_json(entry) for key, entry in content["state"].items()}
         self._random = None if content["random"] is None else base64.b64decode(content["random"])
 

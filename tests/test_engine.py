@@ -441,3 +441,42 @@ def test_every_float_of_j_is_written_once_and_read_twice() -> None:
     moved = [name for name in traffic.operators if name not in views]
     # Written by T copies; read by one product for the Gramian, and for the direction row by row.
     assert collections.Counter(moved) == {"_foreach_copy_": 3, "mm": 1, "mul": 1, "addcmul_": 2}
+
+
+def test_average_is_a_running_mean_of_the_weights() -> None:
+    model = Toy()
+    plain, smooth = optimizer(model, "nash_mtl"), optimizer(model, "nash_mtl", average=0.8)
+    mean = None
+    for step in range(4):
+        raw = plain.backward(model.losses(batch(seed=step))).weights
+        mean = raw if mean is None else 0.8 * mean + 0.2 * raw
+        opt_info = smooth.backward(model.losses(batch(seed=step)))
+        torch.testing.assert_close(opt_info.weights, mean)
+
+
+def test_average_waits_for_an_absent_task_and_passes_over_a_bad_step() -> None:
+    model, x = Toy(), batch()
+    opt = optimizer(model, "cagrad", average=0.5)
+    first = opt.backward(model.losses(x)).weights
+    losses = model.losses(x)
+    without = opt.backward([losses[0], None, losses[2]]).weights
+    assert without[0, 1] == 0
+    assert opt.backward([loss * float("nan") for loss in model.losses(x)]).weights.isnan().all()
+    again = opt.backward(model.losses(x)).weights
+    torch.testing.assert_close(again[0, 1], first[0, 1])
+
+
+def test_average_resumes_and_is_checked() -> None:
+    model, x = Toy(), batch()
+    opt = optimizer(model, "cagrad", average=0.9)
+    opt.backward(model.losses(x))
+    twin = optimizer(model, "cagrad", average=0.9)
+    twin.load_state_dict(opt.state_dict())
+    other = batch(seed=3)
+    assert torch.equal(opt.backward(model.losses(other)).weights, twin.backward(model.losses(other)).weights)
+    with pytest.raises(ValueError, match="average"):
+        optimizer(model, "cagrad").load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match=r"in \[0, 1\)"):
+        optimizer(model, "cagrad", average=1.0)
+    with pytest.raises(ValueError, match="has no weights"):
+        optimizer(model, "trimmed_mean", average=0.5)
