@@ -10,8 +10,9 @@ gradsurgery        `MTLOptimizer`, method ``--method``
 torchjd vmap       TorchJD's `mtl_backward` on the shared features, all rows at once
 torchjd sequential the same, one row at a time
 
-Rounds interleave the contenders in an order that rotates, so that a drift of the machine's speed hits all alike; ratios
-are taken round by round, and medians are reported with quartiles. The first round warms up and is dropped.
+Rounds interleave the contenders in an order that is drawn anew each time, so that neither a drift of the machine's speed
+nor the heap that one leaves behind favours another; ratios are taken round by round, and medians are reported with
+quartiles. The first two rounds warm up and are dropped.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from gradsurgery import MTLOptimizer
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 10
+WARM_UP = 2
 # Ratios to the floor that must hold: the first engine is one copy and two products above it.
 BOUNDS = {"mlp": 1.12, "resnet18": 1.05, "vit": 1.05}
 
@@ -156,11 +158,11 @@ def measure(model: str, tasks: int, method: str, rounds: int, device: torch.devi
     problem = Problem(model, tasks, device)
     steps = {name: make(copy.deepcopy(problem), method) for name, make in CONTENDERS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for round_ in range(rounds + 1):
-        for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
+    rng = np.random.default_rng(0)
+    for round_ in range(rounds + WARM_UP):
+        for name in rng.permutation(list(steps)):
             elapsed = timed(steps[name], device)
-            if round_:
+            if round_ >= WARM_UP:
                 seconds[name].append(elapsed)
     return seconds
 
