@@ -1,6 +1,6 @@
 """Seconds a training step, beside a plain loop and the physical floor, as ratios within one run.
 
-    python -m benchmarks.overhead [--models mlp resnet18 vit] [--tasks 2 3 10] [--rounds 25] [--out NAME]
+    python -m benchmarks.overhead [--models mlp resnet18 vit] [--tasks 2 3 10] [--rounds 15] [--out NAME]
 
 Contenders, each with its own copy of the model and of SGD, all stepping on the same batch:
 
@@ -10,8 +10,9 @@ gradsurgery        `MTLOptimizer`, method ``--method``
 torchjd vmap       TorchJD's `mtl_backward` on the shared features, all rows at once
 torchjd sequential the same, one row at a time
 
-Rounds interleave the contenders in an order that rotates, so that a drift of the machine's speed hits all alike; ratios
-are taken round by round, and medians are reported with quartiles. The first round warms up and is dropped.
+Rounds interleave the contenders in an order drawn anew each time, so that neither a drift of the machine's speed nor
+the heap that one leaves behind favours another; ratios are taken round by round, and medians are reported with
+quartiles. The first two rounds warm up and are dropped.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from gradsurgery import MTLOptimizer
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 10
+WARM_UP = 2
 # Ratios to the floor that must hold: the first engine is one copy and two products above it.
 BOUNDS = {"mlp": 1.12, "resnet18": 1.05, "vit": 1.05}
 
@@ -156,11 +158,11 @@ def measure(model: str, tasks: int, method: str, rounds: int, device: torch.devi
     problem = Problem(model, tasks, device)
     steps = {name: make(copy.deepcopy(problem), method) for name, make in CONTENDERS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for round_ in range(rounds + 1):
-        for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
+    rng = np.random.default_rng(0)
+    for round_ in range(rounds + WARM_UP):
+        for name in rng.permutation(list(steps)):
             elapsed = timed(steps[name], device)
-            if round_:
+            if round_ >= WARM_UP:
                 seconds[name].append(elapsed)
     return seconds
 
@@ -238,7 +240,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tasks", nargs="+", type=int, default=[2, 3, 10])
     parser.add_argument("--method", choices=["upgrad", "mgda", "pcgrad"], default="upgrad")
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="name of a result file in benchmarks/results; none is written without it")
     args = parser.parse_args()
