@@ -8,17 +8,51 @@ from torch import Generator, Tensor
 
 from gradsurgery import kernels
 from gradsurgery.methods.cagrad import cagrad
+from gradsurgery.methods.cosmos import cosmos
+from gradsurgery.methods.dwa import dwa
 from gradsurgery.methods.famo import famo
+from gradsurgery.methods.gls import gls
+from gradsurgery.methods.go4align import go4align
 from gradsurgery.methods.graddrop import graddrop
+from gradsurgery.methods.igb import igb
+from gradsurgery.methods.imtl_l import imtl_l
 from gradsurgery.methods.mgda import mgda
 from gradsurgery.methods.nash_mtl import nash_mtl
+from gradsurgery.methods.pbi import pbi
 from gradsurgery.methods.pcgrad import pcgrad
+from gradsurgery.methods.rlw import rlw
+from gradsurgery.methods.si import si
+from gradsurgery.methods.stch import stch
 from gradsurgery.methods.trimmed_mean import trimmed_mean
 from gradsurgery.methods.upgrad import upgrad
+from gradsurgery.methods.uw import uw
+from gradsurgery.methods.uw_so import uw_so
 from gradsurgery.registry import ColumnMethod, Method, build_method
 from gradsurgery.stats import Needs, Stats
 
-__all__ = ["aggregate", "cagrad", "famo", "graddrop", "mgda", "nash_mtl", "pcgrad", "trimmed_mean", "upgrad"]
+__all__ = [
+    "aggregate",
+    "cagrad",
+    "cosmos",
+    "dwa",
+    "famo",
+    "gls",
+    "go4align",
+    "graddrop",
+    "igb",
+    "imtl_l",
+    "mgda",
+    "nash_mtl",
+    "pbi",
+    "pcgrad",
+    "rlw",
+    "si",
+    "stch",
+    "trimmed_mean",
+    "upgrad",
+    "uw",
+    "uw_so",
+]
 
 
 def aggregate(
@@ -43,7 +77,7 @@ def aggregate(
     Returns:
         (d,), the direction that takes the place of the gradient, in the dtype of ``jacobian``; NaN where ``jacobian``
         or ``losses`` is not finite, or the square of a gradient's norm leaves the range of its dtype. Differentiable in
-        ``jacobian`` where the method is (`ew`, `famo`, `pcgrad`); backward through a solver raises.
+        ``jacobian`` where the method is (`pcgrad`, and those that need only losses); backward through a solver raises.
 
     Raises:
         ValueError: ``jacobian`` is not a matrix, ``losses`` or ``blocks`` do not fit it, or the method is unknown.

@@ -87,7 +87,7 @@ class EpochMethod(Method):
     """A method that goes by epochs: by calls of `MTLOptimizer.epoch_end`, or by itself every ``window`` steps.
 
     Args:
-        window: steps that make an epoch; None waits for `MTLOptimizer.epoch_end`.
+        window: steps that make an epoch, and nothing else does then; None waits for `MTLOptimizer.epoch_end`.
     """
 
     window: int | None = None

@@ -1,13 +1,49 @@
 """Methods: one paper, one file. Importing this package registers them all."""
 
 from gradsurgery.methods.cagrad import CAGrad
+from gradsurgery.methods.constant import Constant
+from gradsurgery.methods.cosmos import COSMOS
+from gradsurgery.methods.dwa import DWA
 from gradsurgery.methods.ew import EW
 from gradsurgery.methods.famo import FAMO
+from gradsurgery.methods.gls import GLS
+from gradsurgery.methods.go4align import GO4Align
 from gradsurgery.methods.graddrop import GradDrop
+from gradsurgery.methods.igb import IGB
+from gradsurgery.methods.imtl_l import IMTLL
 from gradsurgery.methods.mgda import MGDA
 from gradsurgery.methods.nash_mtl import NashMTL
+from gradsurgery.methods.pbi import PBI
 from gradsurgery.methods.pcgrad import PCGrad
+from gradsurgery.methods.rlw import RLW
+from gradsurgery.methods.si import SI
+from gradsurgery.methods.stch import STCH
 from gradsurgery.methods.trimmed_mean import TrimmedMean
 from gradsurgery.methods.upgrad import UPGrad
+from gradsurgery.methods.uw import UW
+from gradsurgery.methods.uw_so import UWSO
 
-__all__ = ["EW", "FAMO", "MGDA", "CAGrad", "GradDrop", "NashMTL", "PCGrad", "TrimmedMean", "UPGrad"]
+__all__ = [
+    "COSMOS",
+    "DWA",
+    "EW",
+    "FAMO",
+    "GLS",
+    "IGB",
+    "IMTLL",
+    "MGDA",
+    "PBI",
+    "RLW",
+    "SI",
+    "STCH",
+    "UW",
+    "UWSO",
+    "CAGrad",
+    "Constant",
+    "GO4Align",
+    "GradDrop",
+    "NashMTL",
+    "PCGrad",
+    "TrimmedMean",
+    "UPGrad",
+]

@@ -14,11 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, device, dtype
 
+from gradsurgery.methods.adam import adam, adam_state
+from gradsurgery.methods.hparams import EPS, check_positive, per_task
 from gradsurgery.registry import ObservingMethod, State, register
 from gradsurgery.stats import Needs, Stats
-
-EPS = 1e-8
-BETAS = (0.9, 0.999)
 
 
 def famo(losses: Tensor, logits: Tensor, *, min_losses: Tensor | float = 0.0) -> Tensor:
@@ -72,22 +71,16 @@ class FAMO(ObservingMethod):
     min_losses: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr must be positive and finite; got {self.lr}.")
+        check_positive(lr=self.lr)
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be >= 0; got {self.weight_decay}.")
         if not all(map(math.isfinite, self.min_losses or ())):
             raise ValueError(f"min_losses must be finite; got {self.min_losses}.")
 
     def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:
-        bounds = self.min_losses or (0.0,) * T
-        if len(bounds) != T:
-            raise ValueError(f"min_losses has {len(bounds)} entries for {T} tasks; give one number a task.")
-        zeros = {
-            name: torch.zeros(T, dtype=dtype, device=device)
-            for name in ("logits", "log_before", "pending", "exp_avg", "exp_avg_sq", "steps")
-        }
-        return {**zeros, "min_losses": torch.tensor(bounds, dtype=dtype, device=device)}
+        zeros = {name: torch.zeros(T, dtype=dtype, device=device) for name in ("logits", "log_before", "pending")}
+        bounds = per_task("min_losses", self.min_losses, 0.0, T, dtype=dtype, device=device)
+        return {**zeros, **adam_state(T, dtype=dtype, device=device), "min_losses": bounds}
 
     def weights(
         self, stats: Stats, state: State, generator: Generator | None
@@ -103,11 +96,7 @@ class FAMO(ObservingMethod):
         fall = torch.where(pending, state["log_before"] - _excess(losses, state["min_losses"]).log(), 0.0)
         z = state["logits"].softmax(dim=-1)
         gradient = z * (fall - (z * fall).sum()) + self.weight_decay * state["logits"]
-        steps = state["steps"] + 1
-        exp_avg = BETAS[0] * state["exp_avg"] + (1 - BETAS[0]) * gradient
-        exp_avg_sq = BETAS[1] * state["exp_avg_sq"] + (1 - BETAS[1]) * gradient**2
-        denominator = (exp_avg_sq / (1 - BETAS[1] ** steps)).sqrt() + EPS
-        logits = state["logits"] - self.lr * exp_avg / (1 - BETAS[0] ** steps) / denominator
-        new = {"logits": logits, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "steps": steps}
+        logits, moments = adam(state["logits"], gradient, state, lr=self.lr)
+        new = {"logits": logits, **moments}
         kept = {name: torch.where(pending, value, state[name]) for name, value in new.items()}
         return {**state, **kept, "pending": torch.zeros_like(state["pending"])}

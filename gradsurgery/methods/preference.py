@@ -2,8 +2,9 @@
 
 import math
 
-import torch
 from torch import Tensor, device, dtype
+
+from gradsurgery.methods.hparams import per_task
 
 Preference = tuple[float, ...] | None
 
@@ -20,8 +21,4 @@ def preference_state(preference: Preference, T: int, *, dtype: dtype, device: de
     Raises:
         ValueError: its length is not T.
     """
-    if preference is None:
-        return {"preference": torch.ones(T, dtype=dtype, device=device)}
-    if len(preference) != T:
-        raise ValueError(f"preference has {len(preference)} entries for {T} tasks; give one positive number a task.")
-    return {"preference": torch.tensor(preference, dtype=dtype, device=device)}
+    return {"preference": per_task("preference", preference, 1.0, T, dtype=dtype, device=device)}
