@@ -6,9 +6,9 @@ Ranzato, NeurIPS 2017, eq. 11). With v = u + x it is a non-negative program in x
 
 import numpy as np
 
-from gradsurgery.solvers.nnqp import nnqp
+from gradsurgery.solvers.nnqp import TOLERANCE, kkt_residual_small, nnqp, nnqp_small
 from gradsurgery.solvers.operator import solver
-from gradsurgery.solvers.scaling import unit_diagonal
+from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_small
 
 
 def dual_cone_numpy(gramian: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -24,7 +24,26 @@ def dual_cone_numpy(gramian: np.ndarray, weights: np.ndarray) -> tuple[np.ndarra
     return weights + x.reshape(N, K, T) * size / norm[:, None, :], residual.reshape(N, K).max(-1)
 
 
-@solver("dual_cone", "(Tensor gramian, Tensor preference)")
+def dual_cone_small(gramian: list[list[float]], preference: list[float]) -> tuple[list[float], float] | None:
+    """`dual_cone` of one Gramian."""
+    w, worst = preference[:], 0.0
+    if min(map(min, gramian)) >= 0:
+        return w, worst
+    cosine, norm = unit_diagonal_small(gramian)
+    for row, p, n in zip(cosine, preference, norm, strict=True):
+        if min(row) >= 0:
+            continue
+        linear = [-c for c in row]
+        solved = nnqp_small(cosine, linear)
+        if solved is None:
+            return None
+        x = [max(v, 0.0) for v in solved[0]]
+        worst = max(worst, kkt_residual_small(cosine, linear, x))
+        w = [a + p * n * v / m for a, v, m in zip(w, x, norm, strict=True)]
+    return (w, worst) if worst <= TOLERANCE else None
+
+
+@solver("dual_cone", "(Tensor gramian, Tensor preference)", dual_cone_small)
 def dual_cone(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Preference-weighted sum of every task gradient's own projection onto the dual cone (UPGrad's sum).
 

@@ -5,7 +5,13 @@ so that diag H is 1 (or 0). Block principal pivoting (Portugal, Judice, Vicente 
 2011) solves all N problems side by side in a few batched factorisations. It can cycle on a singular H; the problems it
 leaves unsolved go to the active-set method of Lawson and Hanson (1974) in Gram form (Bro, de Jong, J. Chemometrics
 1997), which cannot.
+
+`nnqp_small` is the same pivoting on one problem in plain floats: for a handful of tasks it is done before NumPy has
+made its first few calls.
 """
+
+from math import sqrt
+from operator import mul
 
 import numpy as np
 
@@ -103,4 +109,60 @@ def _active_set(hessian: np.ndarray, linear: np.ndarray) -> np.ndarray:
             passive &= ~(blocking & (ratio <= ratio.min()))
             x[~passive] = 0.0
         x = np.where(passive, trial, 0.0)
+    return x
+
+
+def nnqp_small(
+    hessian: list[list[float]], linear: list[float], passive: list[int] | None = None
+) -> tuple[list[float], list[int]] | None:
+    """Solves one program, to a residual of `TOLERANCE`.
+
+    Args:
+        hessian, linear: as in `nnqp`.
+        passive: the coordinates believed to be positive, ascending; those of a positive linear term if None.
+
+    Returns:
+        x and its passive coordinates, or None where pivoting does not end (a singular Hessian may make it cycle).
+    """
+    coordinates = range(len(linear))
+    if passive is None:
+        passive = [i for i in coordinates if linear[i] > 0]
+    best, patience = len(linear) + 1, 3
+    for _ in range(5 + 3 * len(linear)):
+        x = _solve_passive_small(hessian, linear, passive)
+        slack = [sum(map(mul, row, x)) - f for row, f in zip(hessian, linear, strict=True)]
+        bound = -0.1 * TOLERANCE * max(max(linear), -min(linear), max(x), -min(x))
+        wrong = [i for i in coordinates if x[i] < bound or slack[i] < bound]
+        if not wrong:
+            return x, passive
+        patience = 3 if len(wrong) < best else patience - 1
+        best = min(best, len(wrong))
+        passive = sorted({*passive}.symmetric_difference(wrong if patience > 0 else wrong[-1:]))
+    return None
+
+
+def kkt_residual_small(hessian: list[list[float]], linear: list[float], x: list[float]) -> float:
+    """`kkt_residual` of one program whose linear term is not zero."""
+    pairs = zip(hessian, linear, x, strict=True)
+    return max(abs(min(v, sum(map(mul, row, x)) - f)) for row, f, v in pairs) / max(max(linear), -min(linear))
+
+
+def _solve_passive_small(hessian: list[list[float]], linear: list[float], passive: list[int]) -> list[float]:
+    """`_solve_passive` of one program, by Cholesky's factorisation."""
+    lower: list[list[float]] = []
+    inverse: list[float] = []
+    z: list[float] = []
+    for i in passive:
+        h, row = hessian[i], []
+        for j, other, scale in zip(passive, lower, inverse):
+            row.append((h[j] - sum(map(mul, row, other))) * scale)
+        scale = 1 / sqrt(max(h[i] + RIDGE - sum(map(mul, row, row)), RIDGE))
+        z.append((linear[i] - sum(map(mul, row, z))) * scale)
+        lower.append(row)
+        inverse.append(scale)
+    x = [0.0] * len(linear)
+    for k in range(len(passive) - 1, -1, -1):
+        x[passive[k]] = value = z[k] * inverse[k]
+        for j, entry in enumerate(lower[k]):
+            z[j] -= entry * value
     return x
