@@ -18,6 +18,8 @@ import numpy as np
 TOLERANCE = 1e-11
 # Keeps a factorisation finite where passive columns are dependent; far under TOLERANCE, so that no digit is lost.
 RIDGE = 1e-15
+# From then on a single coordinate flips at a time (Murty's rule), which is what guarantees an end.
+BLOCK_ROUNDS = 12
 
 
 def nnqp(hessian: np.ndarray, linear: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -30,6 +32,8 @@ def nnqp(hessian: np.ndarray, linear: np.ndarray) -> tuple[np.ndarray, np.ndarra
     Returns:
         x (N, T) >= 0, and the residual (N,): max_j |min(x_j, (H x - f)_j)| relative to max |f|.
     """
+    if (linear <= 0).all():
+        return np.zeros_like(linear), np.zeros(len(linear))
     x = _pivot(hessian, linear)
     residual = kkt_residual(hessian, linear, x)
     for n in np.flatnonzero(~(residual <= TOLERANCE)):
@@ -48,46 +52,36 @@ def kkt_residual(hessian: np.ndarray, linear: np.ndarray, x: np.ndarray) -> np.n
 
 
 def _solve_passive(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray) -> np.ndarray:
-    """Minimisers (N, T) over the passive coordinates, 0 elsewhere."""
-    T = hessian.shape[-1]
-    masked = hessian * (passive[:, :, None] & passive[:, None, :])
-    diagonal = np.arange(T)
-    masked[:, diagonal, diagonal] = np.where(passive, masked[:, diagonal, diagonal] + RIDGE, 1.0)
-    return np.linalg.solve(masked, np.where(passive, linear, 0.0)[..., None])[..., 0]
+    """Minimisers (N, T) over the passive coordinates, 0 elsewhere, for Hessians that carry their ridge already."""
+    system = np.where(passive[:, :, None], hessian, np.eye(linear.shape[-1]))
+    return np.linalg.solve(system, (linear * passive)[..., None])[..., 0] * passive
 
 
 def _pivot(hessian: np.ndarray, linear: np.ndarray) -> np.ndarray:
-    N, T = linear.shape
-    passive = linear > 0
-    best = np.full(N, T + 1)
-    patience = np.full(N, 3)
-    x = np.zeros_like(linear)
-    todo = np.arange(N)
-    for _ in range(5 + 3 * T):
-        H, f, P = hessian[todo], linear[todo], passive[todo]
-        trial = _solve_passive(H, f, P)
-        slack = (H @ trial[..., None])[..., 0] - f
-        scale = TOLERANCE * 0.1 * np.maximum(np.abs(f).max(-1), np.abs(trial).max(-1))[:, None]
-        wrong = np.where(P, trial < -scale, slack < -scale)
-        x[todo] = np.maximum(trial, 0.0)
-        count = wrong.sum(-1)
-        unsolved = count > 0
+    T = linear.shape[-1]
+    solution = np.zeros_like(linear)
+    todo: np.ndarray | slice = slice(None)
+    H, f, passive = hessian + RIDGE * np.eye(T), linear, linear > 0
+    for round_ in range(BLOCK_ROUNDS + 3 * T):
+        x = _solve_passive(H, f, passive)
+        value = np.where(passive, x, (H @ x[..., None])[..., 0] - f)
+        scale = np.maximum(np.abs(x).max(-1, keepdims=True), np.abs(f).max(-1, keepdims=True))
+        wrong = value < -0.1 * TOLERANCE * scale
+        solution[todo] = np.maximum(x, 0.0)
+        unsolved = wrong.any(-1)
         if not unsolved.any():
             break
-        better = count < best[todo]
-        patience[todo] = np.where(better, 3, patience[todo] - 1)
-        best[todo] = np.minimum(best[todo], count)
-        # Once patience is spent, flip a single coordinate (Murty's rule), which is what guarantees an end.
-        last = np.zeros_like(wrong)
-        last[np.arange(len(todo)), T - 1 - np.argmax(wrong[:, ::-1], axis=-1)] = True
-        flip = np.where((patience[todo] > 0)[:, None], wrong, wrong & last)
-        passive[todo] = P ^ flip
-        todo = todo[unsolved]
-    return x
+        if round_ >= BLOCK_ROUNDS:
+            wrong = wrong & (np.arange(T) == T - 1 - np.argmax(wrong[:, ::-1], axis=-1)[:, None])
+        passive = passive ^ wrong
+        if not unsolved.all():
+            H, f, passive, todo = H[unsolved], f[unsolved], passive[unsolved], np.arange(len(solution))[todo][unsolved]
+    return solution
 
 
 def _active_set(hessian: np.ndarray, linear: np.ndarray) -> np.ndarray:
     T = len(linear)
+    ridged = hessian + RIDGE * np.eye(T)
     x = np.zeros(T)
     passive = np.zeros(T, dtype=bool)
     for _ in range(10 * T):
@@ -99,7 +93,7 @@ def _active_set(hessian: np.ndarray, linear: np.ndarray) -> np.ndarray:
             break
         passive[entering] = True
         while True:
-            trial = _solve_passive(hessian[None], linear[None], passive[None])[0]
+            trial = _solve_passive(ridged[None], linear[None], passive[None])[0]
             blocking = passive & (trial <= 0)
             if not blocking.any():
                 break
@@ -127,17 +121,14 @@ def nnqp_small(
     coordinates = range(len(linear))
     if passive is None:
         passive = [i for i in coordinates if linear[i] > 0]
-    best, patience = len(linear) + 1, 3
-    for _ in range(5 + 3 * len(linear)):
+    for round_ in range(BLOCK_ROUNDS + 3 * len(linear)):
         x = _solve_passive_small(hessian, linear, passive)
         slack = [sum(map(mul, row, x)) - f for row, f in zip(hessian, linear, strict=True)]
         bound = -0.1 * TOLERANCE * max(max(linear), -min(linear), max(x), -min(x))
         wrong = [i for i in coordinates if x[i] < bound or slack[i] < bound]
         if not wrong:
             return x, passive
-        patience = 3 if len(wrong) < best else patience - 1
-        best = min(best, len(wrong))
-        passive = sorted({*passive}.symmetric_difference(wrong if patience > 0 else wrong[-1:]))
+        passive = sorted({*passive}.symmetric_difference(wrong if round_ < BLOCK_ROUNDS else wrong[-1:]))
     return None
 
 

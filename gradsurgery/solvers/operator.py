@@ -11,12 +11,10 @@ from torch import Tensor
 Body = Callable[..., tuple[np.ndarray, np.ndarray]]
 Scalar = Callable[..., tuple[list[float], float] | None]
 
-# Up to here a NumPy call's fixed cost exceeds the arithmetic of plain Python floats.
-SMALL = 12
 _LIBRARY = torch.library.Library("gradsurgery", "FRAGMENT")
 
 
-def solver(name: str, schema: str, small: Scalar) -> Callable[[Body], Callable[..., tuple[Tensor, Tensor]]]:
+def solver(name: str, schema: str, small: Scalar, tasks: int) -> Callable[[Body], Callable[..., tuple[Tensor, Tensor]]]:
     """Decorator: ``body(gramian (N, T, T), *others)`` in float64 NumPy -> ``(solution (N, T), residual (N,))``.
 
     The operator takes float64 tensors on any device, ``gramian (..., T, T)`` first; on an accelerator the T x T
@@ -25,7 +23,8 @@ def solver(name: str, schema: str, small: Scalar) -> Callable[[Body], Callable[.
     Args:
         name: operator name, without the namespace.
         schema: torch schema of its arguments, e.g. ``"(Tensor gramian, float c)"``.
-        small: the road of a single finite Gramian of at most `SMALL` tasks, in lists of floats; None where it gives up.
+        small: the road of a single finite Gramian, in lists of floats, with no NumPy call; None where it gives up.
+        tasks: up to how many tasks that is the shorter road.
     """
 
     def wrap(body: Body) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -33,7 +32,7 @@ def solver(name: str, schema: str, small: Scalar) -> Callable[[Body], Callable[.
             shape, device = gramian.shape, gramian.device
             G = gramian.detach().cpu().numpy().reshape(-1, shape[-1], shape[-1])
             arrays = [a.detach().cpu().numpy() if isinstance(a, Tensor) else a for a in args]
-            solution, residual = _small(small, G, arrays) or body(G, *arrays)
+            solution, residual = (_one(small, G, arrays) if shape[-1] <= tasks and len(G) == 1 else None) or body(G, *arrays)
             return (
                 torch.from_numpy(solution).view(shape[:-1]).to(device),
                 torch.from_numpy(residual).view(shape[:-2]).to(device),
@@ -56,10 +55,7 @@ def solver(name: str, schema: str, small: Scalar) -> Callable[[Body], Callable[.
     return wrap
 
 
-def _small(small: Scalar, gramian: np.ndarray, args: list[Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    N, T = gramian.shape[:2]
-    if N != 1 or T > SMALL:
-        return None
+def _one(small: Scalar, gramian: np.ndarray, args: list[Any]) -> tuple[np.ndarray, np.ndarray] | None:
     G = gramian[0].tolist()
     if not math.isfinite(sum(map(sum, G))):
         return None

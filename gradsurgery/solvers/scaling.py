@@ -17,11 +17,14 @@ def unit_diagonal(gramian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     diagonal = np.diagonal(gramian, axis1=-2, axis2=-1)
     norm = np.sqrt(np.maximum(diagonal, 0.0))
     zero = norm == 0
-    norm = np.where(zero, 1.0, norm)
+    any_zero = zero.any()
+    if any_zero:
+        norm = np.where(zero, 1.0, norm)
     # Two divisions: the product of two norms could leave the range of a float where the quotient does not.
     cosine = gramian / norm[:, :, None] / norm[:, None, :]
     # A zero row must not couple to anything, even if rounding left crumbs off the diagonal.
-    cosine = np.where(zero[:, :, None] | zero[:, None, :], 0.0, cosine)
+    if any_zero:
+        cosine = np.where(zero[:, :, None] | zero[:, None, :], 0.0, cosine)
     return cosine, norm
 
 
