@@ -115,7 +115,7 @@ def _residual(levels: _Levels, multipliers: np.ndarray, least: np.ndarray) -> np
     return np.maximum((bound - worst) / levels.radius**2, 0.0) + excess
 
 
-@solver("cagrad", "(Tensor gramian, Tensor preference, float c)")
+@solver("cagrad", "(Tensor gramian, Tensor preference, float c)", lambda *_: None, tasks=0)
 def cagrad_multipliers(gramian: np.ndarray, preference: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
     """Multipliers of CAGrad's correction, on top of the mean.
 

@@ -46,7 +46,7 @@ def _residual(gramian: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.maximum(gap, 0.0) / np.where(scale > 0, scale, 1.0)
 
 
-@solver("min_norm", "(Tensor gramian)")
+@solver("min_norm", "(Tensor gramian)", lambda *_: None, tasks=0)
 def min_norm(gramian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the point of least norm in the convex hull of the rows.
 

@@ -87,7 +87,7 @@ def _start(cosine: np.ndarray, p: np.ndarray) -> np.ndarray:
     return np.where(positive, size[:, None], 1.0)
 
 
-@solver("nash", "(Tensor gramian, Tensor preference)")
+@solver("nash", "(Tensor gramian, Tensor preference)", lambda *_: None, tasks=0)
 def nash(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the (asymmetric) Nash bargaining solution.
 

@@ -1,5 +1,6 @@
-"""Turns a NumPy solver of many small problems into a torch operator that compiles and runs on any device."""
+"""Turns a solver of many small problems into a torch operator that compiles and runs on any device."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -8,11 +9,12 @@ import torch
 from torch import Tensor
 
 Body = Callable[..., tuple[np.ndarray, np.ndarray]]
+Scalar = Callable[..., tuple[list[float], float] | None]
 
 _LIBRARY = torch.library.Library("gradsurgery", "FRAGMENT")
 
 
-def solver(name: str, schema: str) -> Callable[[Body], Callable[..., tuple[Tensor, Tensor]]]:
+def solver(name: str, schema: str, small: Scalar, tasks: int) -> Callable[[Body], Callable[..., tuple[Tensor, Tensor]]]:
     """Decorator: ``body(gramian (N, T, T), *others)`` in float64 NumPy -> ``(solution (N, T), residual (N,))``.
 
     The operator takes float64 tensors on any device, ``gramian (..., T, T)`` first; on an accelerator the T x T
@@ -21,17 +23,19 @@ def solver(name: str, schema: str) -> Callable[[Body], Callable[..., tuple[Tenso
     Args:
         name: operator name, without the namespace.
         schema: torch schema of its arguments, e.g. ``"(Tensor gramian, float c)"``.
+        small: the road of a single finite Gramian, in lists of floats, with no NumPy call; None where it gives up.
+        tasks: up to how many tasks that is the shorter road.
     """
 
     def wrap(body: Body) -> Callable[..., tuple[Tensor, Tensor]]:
         def run(gramian: Tensor, *args: Tensor | float) -> tuple[Tensor, Tensor]:
-            T = gramian.shape[-1]
-            batch = gramian.shape[:-2]
+            shape, device = gramian.shape, gramian.device
+            G = gramian.detach().cpu().numpy().reshape(-1, shape[-1], shape[-1])
             arrays = [a.detach().cpu().numpy() if isinstance(a, Tensor) else a for a in args]
-            solution, residual = body(gramian.detach().cpu().numpy().reshape(-1, T, T), *arrays)
+            solution, residual = (_one(small, G, arrays) if shape[-1] <= tasks and len(G) == 1 else None) or body(G, *arrays)
             return (
-                torch.from_numpy(solution).reshape(*batch, T).to(gramian.device),
-                torch.from_numpy(residual).reshape(batch).to(gramian.device),
+                torch.from_numpy(solution).view(shape[:-1]).to(device),
+                torch.from_numpy(residual).view(shape[:-2]).to(device),
             )
 
         def fake(gramian: Tensor, *args: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -49,3 +53,11 @@ def solver(name: str, schema: str) -> Callable[[Body], Callable[..., tuple[Tenso
         return getattr(torch.ops.gradsurgery, name).default
 
     return wrap
+
+
+def _one(small: Scalar, gramian: np.ndarray, args: list[Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    G = gramian[0].tolist()
+    if not math.isfinite(sum(map(sum, G))):
+        return None
+    solved = small(G, *[a.tolist() if isinstance(a, np.ndarray) else a for a in args])
+    return solved and (np.array(solved[0]), np.array(solved[1]))
