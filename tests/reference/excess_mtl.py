@@ -5,8 +5,8 @@ https://arxiv.org/abs/2402.02009, Algorithm 1: S_i accumulates g_i^2 per coordin
 estimates the excess risk; the weights are multiplied by exp(lr e_i / e_i of the first step) and renormalised.
 
 As in the authors' code: the first step only records e (weights 1 each); an update precedes its use in the same step;
-the weights sum to T, where the paper's sum to 1. Deviations: none of their 1e-7 under the root (`epsilon`): a coordinate
-that has always been zero adds nothing. A first gradient of exactly zero leaves no reference: ValueError.
+the weights sum to T, where the paper's sum to 1. Deviations: none of their 1e-7 under the root (`epsilon`), so that a
+coordinate that has always been zero adds nothing; a first gradient of exactly zero leaves no reference: ValueError.
 """
 
 import numpy as np
