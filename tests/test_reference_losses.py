@@ -99,9 +99,9 @@ def test_the_family_of_inverse_losses():
         for w in rivals:
             np.testing.assert_allclose(w / w.sum(), inverse, rtol=1e-12)
         np.testing.assert_allclose(famo.Famo(3).weights(L), inverse, rtol=1e-6)
-        # already optimal: no step to take
-        np.testing.assert_allclose(learned_uw.s.detach().numpy(), np.log(L), atol=0.03)
-        np.testing.assert_allclose(learned_uw.weights(L).sum(), (1 / L).sum() / 2, rtol=0.05)
+        # already optimal: no step was taken
+        np.testing.assert_allclose(learned_uw.s.detach().numpy(), np.log(L), atol=1e-6)
+        np.testing.assert_allclose(learned_imtl.s.detach().numpy(), -np.log(L), atol=1e-6)
 
 
 @pytest.mark.parametrize("init", [0.0, -0.5])
@@ -122,10 +122,10 @@ def test_imtl_l_matches_adam_by_hand():
 
 
 def test_uw_and_imtl_l_converge_to_inverse_losses():
-    learned_uw, learned_imtl = uw.Uw(3), imtl_l.ImtlL(3)
+    learned_uw, learned_imtl = uw.Uw(3, 0.1), imtl_l.ImtlL(3, 0.1)
     np.testing.assert_array_equal(learned_uw.weights(L3), [0.5, 0.5, 0.5])
     np.testing.assert_array_equal(learned_imtl.weights(L3), [1, 1, 1])
-    for _ in range(1000):
+    for _ in range(400):
         w, v = learned_uw.weights(L3), learned_imtl.weights(L3)
     np.testing.assert_allclose(w, 1 / (2 * L3), rtol=1e-3)
     np.testing.assert_allclose(v, 1 / L3, rtol=1e-3)
@@ -161,9 +161,9 @@ def test_dwa_by_hand():
 def test_dwa_window_is_an_epoch_of_that_many_steps():
     windowed, plain = dwa.Dwa(3, window=4), dwa.Dwa(3)
     for step, L in enumerate(random_losses(30, 3)):
-        np.testing.assert_array_equal(windowed.weights(L), plain.weights(L))
-        assert abs(plain.weights(L).sum() - 3) < 1e-13  # a second call counts the losses twice
-        plain.steps.pop()
+        w = plain.weights(L)
+        np.testing.assert_array_equal(windowed.weights(L), w)
+        assert abs(w.sum() - 3) < 1e-13
         if step % 4 == 3:
             plain.epoch_end()
 
@@ -325,7 +325,7 @@ def test_graddrop_is_the_masked_sum(name):
         np.testing.assert_allclose(graddrop.direction(J, U, leak) / size, expected / size, atol=1e-13)
 
 
-def test_graddrop_of_two_opposed_signs_in_expectation():
+def test_graddrop_is_unbiased():
     """E u = (p^2 - n^2) / (p + n) = p - n with p and n the positive and negative mass: the sum is unbiased."""
     J = ZOO["random_3"]
     grid = (np.arange(2000) + 0.5) / 2000
@@ -434,13 +434,13 @@ def test_sdmgrad_slope_is_that_of_the_regularised_objective():
 def test_sdmgrad_with_small_steps_solves_the_regularised_problem():
     J = ZOO["random_5"]
     C = sdmgrad.normalised(J @ J.T)
-    w = sdmgrad.solve(C, np.full(5, 0.2), lam=0.3, steps=3000, lr=0.05)
+    w = sdmgrad.solve(C, np.full(5, 0.2), lam=0.3, steps=600, lr=0.2)
     size = np.linalg.norm(J, axis=1).mean()
     x = cp.Variable(5, nonneg=True)
     shifted = (x @ J + 0.3 * J.mean(axis=0)) / size
     cp.Problem(cp.Minimize(cp.sum_squares(shifted)), [cp.sum(x) == 1]).solve(solver=cp.CLARABEL)
     np.testing.assert_allclose(w, x.value, atol=1e-4)
-    v = sdmgrad.solve(C, np.full(5, 0.2), lam=0.0, steps=3000, lr=0.05)
+    v = sdmgrad.solve(C, np.full(5, 0.2), lam=0.0, steps=600, lr=0.2)
     np.testing.assert_allclose(v, mgda.weights(J), atol=1e-6)
 
 
