@@ -53,7 +53,7 @@ def oracle(name: str) -> ModuleType | None:
 
 def sees_gradients(name: str) -> bool:
     """Whether the oracle, if there is one, goes from a matrix alone to a direction: others are tested apart."""
-    return name != "graddrop" and (not (module := oracle(name)) or hasattr(module, "direction"))
+    return name not in COLUMN_METHODS and (not (module := oracle(name)) or hasattr(module, "direction"))
 
 
 def solvable(name: str, zoo: str) -> bool:
