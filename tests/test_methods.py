@@ -166,9 +166,10 @@ def test_permutation_equivariant(name: str, zoo: str) -> None:
         inverse = order.argsort()
         u = functional.pcgrad(J[order] @ J[order].T, inverse[orders[order]]) @ J[order]
         assert_close(u, functional.pcgrad(J @ J.T, orders) @ J, J, rtol=1e-7)
-    elif get_method(name).randomized and name not in COLUMN_METHODS:
-        assert name == "rlw", "renaming tasks must rename the draw, which a test of its own has to do"
+    elif name == "rlw":
+        pytest.skip("its weights are drawn without a look at the tasks")
     else:
+        assert not get_method(name).randomized or name in COLUMN_METHODS
         assert_close(direction(name, J[order]), direction(name, J), J, rtol=1e-6)
 
 

@@ -1,7 +1,8 @@
 """Epoch means of the losses, as state of the methods that go by epochs.
 
 Everything is counted per task: an epoch is that of the steps in which a task was present, and it ends after ``window``
-of them, or with `MTLOptimizer.epoch_end`; a task that was absent throughout has not had an epoch.
+of them, or with `MTLOptimizer.epoch_end`; a task that was absent throughout has not had an epoch. A step counts where
+weights are computed, which is each ``update_every``-th.
 """
 
 import math
