@@ -44,9 +44,8 @@ def constraints(
     if mu <= EPS:
         return "dominance", C.sum(axis=0), np.vstack([C, gains]), np.append(np.zeros(T), min(0.0, gains.max()))
     worst = r * L == (r * L).max()
-    if (gains > 0).any():
-        b = np.where(worst, 0.0, np.where(gains > 0, -np.inf, gains))
-    else:
+    b = np.where(worst, 0.0, np.where(gains > 0, -np.inf, gains))
+    if not (gains > 0).any():
         b = np.zeros(T)
     bounded = np.isfinite(b)
     return "balance", gains, C[bounded], b[bounded]
