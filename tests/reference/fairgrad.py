@@ -1,0 +1,67 @@
+"""Fair Resource Allocation in Multi-Task Learning (FairGrad).
+
+Hao Ban, Kaiyi Ji. ICML 2024. https://arxiv.org/abs/2402.15638, Equation 8: w > 0 with J J^T w = w^(-1/alpha)
+elementwise, alpha > 0. alpha = 1 is the Nash bargain.
+
+Solved as the convex problem min_w ||J^T w||^2 / 2 - sum_i w_i^(1 - 1/alpha) / (1 - 1/alpha) (the sum of log w_i for
+alpha = 1), whose stationarity is that equation, by Newton with line search. For unit rows, w_i = x_i / ||g_i||, it
+reads (U U^T x)_i = q_i x_i^(-1/alpha) with q_i = ||g_i||^(1/alpha - 1). A step is a least-squares problem in U^T. A
+solution exists if and only if 0 is not in the convex hull of the rows; otherwise ValueError. (So no zero row.)
+
+Deviations from the authors' code: no least_squares from 1/T (its residual is not the method's), no clipping of ||u|| to
+1, and no multiplication of u by T "to match the sum loss".
+"""
+
+import numpy as np
+
+from reference import mgda
+
+
+def solve(J: np.ndarray, alpha: float, scores: np.ndarray) -> np.ndarray:
+    """(T,) w > 0 with J J^T w = (scores / w)^(1/alpha), scores (T,) > 0. ValueError if 0 is in the rows' hull."""
+    J = np.asarray(J, dtype=np.float64)
+    norms = np.linalg.norm(J, axis=1)
+    if (norms == 0).any():
+        raise ValueError("no fair weights: a row is zero")
+    unit = J / norms[:, None]
+    if np.linalg.norm(mgda.direction(unit)) < 1e-9:
+        raise ValueError("no fair weights: a convex combination of the rows is zero")
+    log_q = (1 / alpha - 1) * np.log(norms) + np.log(scores) / alpha
+    level = log_q.mean()  # x = exp(shift) y takes the common factor of q out
+    q, shift = np.exp(log_q - level), level / (1 + 1 / alpha)
+
+    def potential(y):
+        utility = np.log(y) if alpha == 1 else y ** (1 - 1 / alpha) / (1 - 1 / alpha)
+        return np.sum((y @ unit) ** 2) / 2 - q @ utility
+
+    y = np.ones(len(J))
+    for _ in range(10_000):
+        # (unit unit^T + diag(h)) step = q y^(-1/alpha) - unit unit^T y, with h = q y^(-1/alpha - 1) / alpha
+        h = q * y ** (-1 / alpha - 1) / alpha
+        system = np.vstack([unit.T, np.diag(np.sqrt(h))])
+        target = np.concatenate([-(y @ unit), q * y ** (-1 / alpha) / np.sqrt(h)])
+        step = np.linalg.lstsq(system, target, rcond=None)[0]
+        decrement = np.sum((system @ step) ** 2)
+        size = min(1.0, 0.9 / max(-(step / y).min(), 1e-300))
+        while decrement > 1e-10 and potential(y + size * step) > potential(y) - 0.1 * size * decrement:
+            size /= 2
+        y = y + size * step
+        if np.abs(step / y).max() < 1e-13:
+            break
+    return np.exp(shift) * y / norms
+
+
+def residual(J: np.ndarray, w: np.ndarray, alpha: float = 2.0) -> float:
+    """max_i |w_i^(1/alpha) g_i.u - 1| at u = w @ J: the relative error of the equation."""
+    J = np.asarray(J, dtype=np.float64)
+    return float(np.abs(w ** (1 / alpha) * (J @ (w @ J)) - 1).max())
+
+
+def weights(J: np.ndarray, alpha: float = 2.0) -> np.ndarray:
+    """(T,) w > 0 with J J^T w = w^(-1/alpha). ValueError if 0 is in the convex hull of the rows of J (T, d)."""
+    return solve(J, alpha, np.ones(len(J)))
+
+
+def direction(J: np.ndarray, alpha: float = 2.0) -> np.ndarray:
+    """(d,) weights @ J."""
+    return weights(J, alpha) @ np.asarray(J, dtype=np.float64)
