@@ -145,7 +145,7 @@ def _solve_passive_small(hessian: list[list[float]], linear: list[float], passiv
     z: list[float] = []
     for i in passive:
         h, row = hessian[i], []
-        for j, other, scale in zip(passive, lower, inverse):
+        for j, other, scale in zip(passive, lower, inverse, strict=False):
             row.append((h[j] - sum(map(mul, row, other))) * scale)
         scale = 1 / sqrt(max(h[i] + RIDGE - sum(map(mul, row, row)), RIDGE))
         z.append((linear[i] - sum(map(mul, row, z))) * scale)
