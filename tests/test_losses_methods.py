@@ -357,6 +357,22 @@ def test_an_optimizer_hears_of_epochs(name: str) -> None:
     assert all(opt.info.weights.isfinite().all() for opt in opts)
 
 
+@pytest.mark.parametrize("name", BY_EPOCHS)
+def test_a_run_cut_in_the_middle_of_an_epoch_resumes(name: str) -> None:
+    x = batch()
+    model, opt = (m := Toy(), optimizer(m, name, lr=1e-3, window=3))
+    twin, twin_opt = (m := Toy(seed=1), optimizer(m, name, lr=1e-3, window=3))
+    for step in range(25):
+        if step == 7:
+            twin.load_state_dict(model.state_dict())
+            twin_opt.load_state_dict(opt.state_dict())
+        for m, o in ((model, opt), (twin, twin_opt))[: 1 + (step >= 7)]:
+            o.zero_grad()
+            o.step(m.losses(x))
+    assert torch.equal(opt.info.weights, twin_opt.info.weights)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "rlw"])
 def test_an_absent_task_is_as_good_as_unheard_of(name: str) -> None:
     """Steps of the others alone: they get the weights that they would get if it did not exist."""

@@ -1,7 +1,7 @@
 """Scalable Pareto Front Approximation for Deep Multi-Objective Learning (COSMOS), its scalarisation.
 
-Ruchte, Grabocka. ICDM 2021. https://arxiv.org/abs/2103.13392: minimise r . L - lam cos(L, r), with the preference r on
-the simplex, hence w = r - lam (r / |r| - cos(L, r) L / |L|) / |L|.
+Ruchte, Grabocka. ICDM 2021. https://arxiv.org/abs/2103.13392, eq. 5: minimise r . L - lam cos(L, r), with the
+preference r on the simplex, hence w = r - lam (r / |r| - cos(L, r) L / |L|) / |L|.
 
 The preference has two faces, as in the paper: losses count in proportion to r, and are led to be in proportion to it.
 Deviations: the paper draws r from a Dirichlet distribution in every step and feeds it to the model, which is a model's
@@ -32,7 +32,7 @@ def cosmos(losses: Tensor, *, lam: float = 2.0, preference: Tensor | None = None
     Returns:
         w (..., T). Negative for a task whose loss is too small for the preference, if lam is large enough.
 
-    Source: Ruchte and Grabocka, ICDM 2021.
+    Source: Ruchte and Grabocka, ICDM 2021, eq. 5.
 
     Example:
         >>> import torch

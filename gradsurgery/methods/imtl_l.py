@@ -1,7 +1,7 @@
 """Towards Impartial Multi-task Learning, its loss balance alone (IMTL-L).
 
-Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang. ICLR 2021. https://openreview.net/forum?id=IMPnRXEWpvr, section 3.2 and
-algorithm 1: model and s together descend sum_i exp(s_i) L_i - s_i, hence w_i = exp(s_i) and ds_i = exp(s_i) L_i - 1.
+Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang. ICLR 2021. https://openreview.net/forum?id=IMPnRXEWpvr: model and s
+together descend sum_i exp(s_i) L_i - s_i, hence w_i = exp(s_i) and ds_i = exp(s_i) L_i - 1.
 
 Deviations: s is state of the method and takes its own Adam step, with a rate of 0.025, after the weights of this step
 were taken from it. With the loss fixed, w settles at 1 / L; a loss under 1e-8 counts as 1e-8 in the step of s, which
@@ -29,7 +29,7 @@ def imtl_l(s: Tensor) -> Tensor:
     Returns:
         w (..., T) = exp(s), positive.
 
-    Source: Liu et al., ICLR 2021, section 3.2.
+    Source: Liu et al., ICLR 2021.
 
     Example:
         >>> import torch

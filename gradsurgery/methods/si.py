@@ -1,7 +1,7 @@
 """Scale-invariant baseline: the sum of the log-losses.
 
-Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik, Fetaya. ICML 2022. https://arxiv.org/abs/2202.01017, section 5
-(the baseline "SI" of Nash-MTL): the gradient of sum_i log L_i has w_i = 1 / L_i.
+Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik, Fetaya. ICML 2022. https://arxiv.org/abs/2202.01017, the
+baseline "SI" of its experiments: the gradient of sum_i log L_i has w_i = 1 / L_i.
 
 Deviation: the logarithm has no gradient at or below 0; here a loss under 1e-8 counts as 1e-8, so that weights stay
 finite.
@@ -26,7 +26,7 @@ def si(losses: Tensor) -> Tensor:
     Returns:
         w (..., T) = 1 / losses, positive.
 
-    Source: Navon et al., ICML 2022, section 5.
+    Source: Navon et al., ICML 2022, experiments.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning (UW-SO).
 
-Kirchdorfer, Elich, Kutsche, Stuckenschmidt, Schott, Köhler. GCPR 2024. https://arxiv.org/abs/2408.07985: the optimum of
-uncertainty weighting, w_i = 1 / L_i, through a softmax with a temperature: w = softmax(1 / (temperature L)).
+Kirchdorfer, Elich, Kutsche, Stuckenschmidt, Schott, Köhler. arXiv 2024. https://arxiv.org/abs/2408.07985: the optimum
+of uncertainty weighting, w_i = 1 / L_i, through a softmax with a temperature: w = softmax(1 / (temperature L)).
 
 Deviation: a loss under 1e-8 counts as 1e-8. The authors tune the temperature to each benchmark; 1 is only a start.
 """
@@ -26,7 +26,7 @@ def uw_so(losses: Tensor, *, temperature: float = 1.0) -> Tensor:
     Returns:
         w (..., T), on the simplex.
 
-    Source: Kirchdorfer et al., GCPR 2024.
+    Source: Kirchdorfer et al., arXiv 2024.
 
     Example:
         >>> import torch
@@ -40,7 +40,7 @@ def uw_so(losses: Tensor, *, temperature: float = 1.0) -> Tensor:
 @register(
     "uw_so",
     paper="Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning, https://arxiv.org/abs/2408.07985",
-    venue="GCPR 2024",
+    venue="arXiv 2024",
     heads="weighted",
     guarantees=frozenset({"simplex", "nonnegative", "linear_under_scaling", "homogeneous"}),
 )
