@@ -39,15 +39,19 @@ def pcgrad(G: Tensor, orders: Tensor | None = None, *, generator: Generator | No
     T = G.shape[-1]
     if orders is None:
         orders = draw_orders(T, generator, G.device)
-    identity = torch.eye(T, dtype=G.dtype, device=G.device)
-    coefficients = identity.expand(G.shape)
     square = G.diagonal(dim1=-2, dim2=-1)
+    # Column j is divided by |g_j|^2, so that the inner products are the steps; nothing is projected off a zero row.
+    relative = G / square.where(square > 0, torch.inf).unsqueeze(-2)
+    inner, steps = relative, []
     for visited in orders.unbind(dim=-1):
-        inner = (coefficients * G[..., visited].mT).sum(dim=-1)
-        against = square[..., visited]
-        step = torch.where(against > 0, inner.clamp(max=0) / against, 0.0)
-        coefficients = coefficients - step.unsqueeze(-1) * identity[visited]
-    return coefficients.sum(dim=-2)
+        own = visited.unsqueeze(-1)
+        step = inner.gather(-1, own.expand((*G.shape[:-1], 1))).clamp(max=0)
+        inner = torch.addcmul(inner, step, relative.index_select(-2, visited), value=-1)
+        steps.append(step)
+    if not steps:
+        return G.new_ones(G.shape[:-1])
+    taken = torch.cat(steps, dim=-1).flatten(-2)
+    return G.new_ones(G.shape[:-1]).index_add(-1, orders.flatten(), taken, alpha=-1)
 
 
 def draw_orders(T: int, generator: Generator | None, device: device) -> Tensor:

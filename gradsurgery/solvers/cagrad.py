@@ -9,12 +9,15 @@ cone, still solves the problem above.
 
 from __future__ import annotations
 
+from math import sqrt
+from operator import add, mul
+
 import numpy as np
 
 from gradsurgery.solvers.min_norm import min_norm_numpy
-from gradsurgery.solvers.nnqp import nnqp
+from gradsurgery.solvers.nnqp import nnqp, nnqp_small
 from gradsurgery.solvers.operator import solver
-from gradsurgery.solvers.scaling import unit_diagonal
+from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_small
 
 ITERATIONS = 100
 
@@ -115,7 +118,42 @@ def _residual(levels: _Levels, multipliers: np.ndarray, least: np.ndarray) -> np
     return np.maximum((bound - worst) / levels.radius**2, 0.0) + excess
 
 
-@solver("cagrad", "(Tensor gramian, Tensor preference, float c)", lambda *_: None, tasks=0)
+def cagrad_small(gramian: list[list[float]], v: list[float], c: float) -> tuple[list[float], float] | None:
+    """`cagrad_multipliers` of one Gramian without a zero row, away from a stationary point.
+
+    Newton's method descends from the least of the dual bounds of single tasks, above which no level lies.
+    """
+    mean = sum(row[i] for i, row in enumerate(gramian)) / len(gramian)
+    if min(row[i] for i, row in enumerate(gramian)) <= 0:
+        return None
+    gramian = [[g / mean for g in row] for row in gramian]
+    cosine, norm = unit_diagonal_small(gramian)
+    gain = [sum(map(mul, row, v)) for row in gramian]
+    radius = c * sqrt(max(sum(map(mul, gain, v)), 0.0))
+    if radius == 0:
+        return [0.0] * len(v), 0.0
+    level, passive = min(g + radius * n for g, n in zip(gain, norm, strict=True)), None
+    for _ in range(20):
+        solved = nnqp_small(cosine, [(level - g) / n for g, n in zip(gain, norm, strict=True)], passive)
+        if solved is None:
+            return None
+        x, passive = [max(value, 0.0) for value in solved[0]], solved[1]
+        multipliers = [value / n for value, n in zip(x, norm, strict=True)]
+        total = sum(multipliers)
+        products = [sum(map(mul, row, multipliers)) for row in gramian]
+        length = sqrt(max(sum(map(mul, multipliers, products)), 0.0))
+        if total <= 0 or length <= 0:
+            return None
+        if abs(length - radius) <= 1e-13 * radius:
+            bound = (sum(map(mul, multipliers, gain)) + radius * length) / total
+            worst = min(map(add, gain, products))
+            residual = max((bound - worst) / radius**2, 0.0) + max(length / radius - 1, 0.0)
+            return (multipliers, residual) if residual <= 1e-10 else None
+        level += (radius - length) * length / total
+    return None
+
+
+@solver("cagrad", "(Tensor gramian, Tensor preference, float c)", cagrad_small, tasks=12)
 def cagrad_multipliers(gramian: np.ndarray, preference: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
     """Multipliers of CAGrad's correction, on top of the mean.
 

@@ -6,11 +6,13 @@ min 1/2 x^T (C + q q^T) x - q^T x, q proportional to 1/n: for fixed direction of
 and the value grows with w^T G w. At T = 2 it reduces to the well-known closed form.
 """
 
+from operator import mul
+
 import numpy as np
 
-from gradsurgery.solvers.nnqp import nnqp
+from gradsurgery.solvers.nnqp import TOLERANCE, nnqp, nnqp_small
 from gradsurgery.solvers.operator import solver
-from gradsurgery.solvers.scaling import unit_diagonal
+from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_small
 
 
 def min_norm_numpy(gramian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +48,26 @@ def _residual(gramian: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.maximum(gap, 0.0) / np.where(scale > 0, scale, 1.0)
 
 
-@solver("min_norm", "(Tensor gramian)", lambda *_: None, tasks=0)
+def min_norm_small(gramian: list[list[float]]) -> tuple[list[float], float] | None:
+    """`min_norm` of one Gramian without a zero row."""
+    least = min(row[i] for i, row in enumerate(gramian))
+    if least <= 0:
+        return None
+    cosine, norm = unit_diagonal_small(gramian)
+    shortest = min(norm)
+    q = [shortest / n for n in norm]
+    solved = nnqp_small([[c + a * b for c, b in zip(row, q, strict=True)] for row, a in zip(cosine, q, strict=True)], q)
+    if solved is None:
+        return None
+    w = [max(x, 0.0) / n for x, n in zip(solved[0], norm, strict=True)]
+    total = sum(w)
+    w = [v / total for v in w]
+    slope = [sum(map(mul, row, w)) for row in gramian]
+    residual = max(sum(map(mul, w, slope)) - min(slope), 0.0) / least
+    return (w, residual) if residual <= TOLERANCE else None
+
+
+@solver("min_norm", "(Tensor gramian)", min_norm_small, tasks=6)
 def min_norm(gramian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the point of least norm in the convex hull of the rows.
 

@@ -5,6 +5,8 @@ method converges from anywhere under the damping of self-concordant functions (N
 No solution exists at a Pareto-stationary point (some convex combination of the gradients is 0), where b runs away.
 """
 
+from math import sqrt
+
 import numpy as np
 
 from gradsurgery.solvers.min_norm import min_norm_numpy
@@ -21,13 +23,30 @@ def nash_numpy(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray,
     cosine, norm = unit_diagonal(gramian)
     present = np.diagonal(gramian, axis1=-2, axis2=-1) > 0
     p = np.where(present, preference, 0.0)
-    b, residual = _newton(cosine, p)
+    b, residual = (_newton_one(cosine[0], p[0]) if len(p) == 1 else None) or _newton(cosine, p)
     a = np.where(present, b / norm, 0.0)
     # What rounding in C alone leaves of the residual when b is large, near a point without a solution.
     floor = 4 * np.finfo(float).eps * gramian.shape[-1] * (b**2).max(-1)
     for n in np.flatnonzero(~(residual <= np.maximum(TOLERANCE, np.minimum(floor, 1e-4)))):
         a[n] = min_norm_numpy(gramian[n : n + 1])[0]
     return a, residual
+
+
+def _newton_one(cosine: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """`_newton` for a single C (T, T), undamped and in log b, which is shorter and nearly always gets there."""
+    T = len(p)
+    if p.min() <= 0:
+        return None
+    b = _start(cosine[None], p[None])[0]
+    for _ in range(12):
+        gradient = b * cosine.dot(b) - p
+        residual = np.abs(gradient / p).max()
+        if residual <= 1e-12:
+            return b[None], residual[None]
+        hessian = cosine * b * b[:, None]
+        hessian.flat[:: T + 1] += p
+        b = b * np.exp(np.clip(np.linalg.solve(hessian, -gradient), -2, 2))
+    return None
 
 
 def _newton(cosine: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +106,24 @@ def _start(cosine: np.ndarray, p: np.ndarray) -> np.ndarray:
     return np.where(positive, size[:, None], 1.0)
 
 
-@solver("nash", "(Tensor gramian, Tensor preference)", lambda *_: None, tasks=0)
+def nash_small(gramian: list[list[float]], preference: list[float]) -> tuple[list[float], float] | None:
+    """`nash` of two tasks: with t = b_1 b_2 and cosine c, b_i^2 = p_i - c t, whose product is t^2."""
+    if len(gramian) != 2 or gramian[0][0] <= 0 or gramian[1][1] <= 0:
+        return None
+    (first, inner), (_, second), (p, q) = *gramian, preference
+    m, n = sqrt(first), sqrt(second)
+    c = inner / m / n
+    half, bend = c * (p + q), (1 - c) * (1 + c)
+    if bend <= 0:
+        return None
+    root = sqrt(half * half + 4 * bend * p * q)
+    t = 2 * p * q / (half + root) if c > 0 else (root - half) / (2 * bend)
+    a, b = sqrt(max(p - c * t, 0.0)) / m, sqrt(max(q - c * t, 0.0)) / n
+    residual = max(abs(a * (first * a + inner * b) / p - 1), abs(b * (inner * a + second * b) / q - 1))
+    return ([a, b], residual) if residual <= 1e-12 else None
+
+
+@solver("nash", "(Tensor gramian, Tensor preference)", nash_small, tasks=2)
 def nash(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the (asymmetric) Nash bargaining solution.
 

@@ -1,0 +1,137 @@
+"""Microseconds that the weights of one given float64 Gramian take, beside TorchJD and cvxpy, on one thread.
+
+    python -m benchmarks.solvers [--tasks 2 3 10 40] [--calls 100] [--out NAME]
+
+ours       the solver's operator (PCGrad: the function, its orders drawn beforehand)
+torchjd    the ``gramian_weighting`` of TorchJD's aggregator with its defaults, on the same Gramian. MGDA's stop after
+           100 rounds, PCGrad's draw their orders inside. Its NashMTL takes matrices only and needs ecos: left out.
+cvxpy      the convex problem by CLARABEL, with a factor of the Gramian as parameter: compiled once, outside the time
+
+The matrices are Gaussian rows less half of their mean, so that most pairs conflict. Contenders take turns call by call,
+so each finds the caches as another left them: slower than in a loop of its own, nearer to a training step.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import cvxpy as cp
+import numpy as np
+import torch
+from torch import Tensor
+from torchjd import aggregation
+
+from benchmarks.overhead import RESULTS, machine
+from gradsurgery.methods.pcgrad import draw_orders, pcgrad
+from gradsurgery.solvers import cagrad_multipliers, dual_cone, min_norm, nash
+
+C = 0.4
+# cvxpy takes milliseconds a call: a few tell enough.
+CVXPY_CALLS = 10
+Weights = Callable[[Tensor], object]
+
+
+def gramians(T: int, count: int) -> list[Tensor]:
+    rows = torch.randn(count, T, 2 * T + 3, generator=torch.Generator().manual_seed(T), dtype=torch.float64)
+    J = rows - 0.5 * rows.mean(dim=1, keepdim=True)
+    return list(J @ J.mT)
+
+
+def ours(T: int) -> dict[str, Weights]:
+    ones = torch.ones(T, dtype=torch.float64)
+    orders = draw_orders(T, torch.Generator().manual_seed(0), torch.device("cpu"))
+    return {
+        "upgrad": lambda G: dual_cone(G, ones / T),
+        "mgda": min_norm,
+        "nash_mtl": lambda G: nash(G, ones),
+        "cagrad": lambda G: cagrad_multipliers(G, ones / T, C),
+        "pcgrad": lambda G: pcgrad(G, orders),
+    }
+
+
+def torchjd() -> dict[str, Weights]:
+    return {
+        "upgrad": aggregation.UPGrad().gramian_weighting,
+        "mgda": aggregation.MGDA().gramian_weighting,
+        "cagrad": aggregation.CAGrad(c=C).gramian_weighting,
+        "pcgrad": aggregation.PCGrad().gramian_weighting,
+    }
+
+
+def cvxpy(T: int) -> dict[str, Weights]:
+    factor, reach, bound = cp.Parameter((T, T)), cp.Parameter((T, T)), cp.Parameter(T)
+    gain, w = cp.Parameter(T), cp.Variable(T)
+    square = cp.sum_squares(factor.T @ w)
+    simplex = [w >= 0, cp.sum(w) == 1]
+    cone = cp.Problem(cp.Minimize(square), [w >= bound])
+    least = cp.Problem(cp.Minimize(square), simplex)
+    bargain = cp.Problem(cp.Minimize(square / 2 - cp.sum(cp.log(w))))
+    averse = cp.Problem(cp.Minimize(gain @ w + cp.norm(reach.T @ w)), simplex)
+
+    def solve(problem: cp.Problem, G: Tensor) -> None:
+        array = G.numpy()
+        factor.value, gain.value = np.linalg.cholesky(array), array.mean(axis=0)
+        reach.value = C * np.sqrt(array.mean()) * factor.value
+        problem.solve(solver=cp.CLARABEL)
+
+    def upgrad(G: Tensor) -> None:
+        for unit in np.eye(T):
+            bound.value = unit
+            solve(cone, G)
+
+    return {
+        "upgrad": upgrad,
+        "mgda": lambda G: solve(least, G),
+        "nash_mtl": lambda G: solve(bargain, G),
+        "cagrad": lambda G: solve(averse, G),
+    }
+
+
+def measure(T: int, calls: int) -> dict[str, dict[str, float]]:
+    """Median microseconds by method and contender."""
+    contenders = {"ours": ours(T), "torchjd": torchjd(), "cvxpy": cvxpy(T)}
+    matrices = gramians(T, calls + 1)
+    medians: dict[str, dict[str, float]] = {}
+    for method in contenders["ours"]:
+        runs = {name: weights[method] for name, weights in contenders.items() if method in weights}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for call, G in enumerate(matrices):
+            for name, weights in runs.items():
+                if name == "cvxpy" and call > CVXPY_CALLS:
+                    continue
+                start = time.perf_counter()
+                weights(G)
+                seconds[name].append(time.perf_counter() - start)
+        # The first call warms up, and compiles cvxpy's problem.
+        medians[method] = {name: 1e6 * statistics.median(s[1:]) for name, s in seconds.items()}
+    return medians
+
+
+def table(results: list[dict]) -> str:
+    lines = ["| method | T | ours, us | TorchJD | cvxpy |", "|---|---|---|---|---|"]
+    for r in results:
+        for method, medians in r["microseconds"].items():
+            cells = [f"{medians[name]:.0f}" if name in medians else "-" for name in ("ours", "torchjd", "cvxpy")]
+            lines.append(f"| {method} | {r['tasks']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", type=int, default=[2, 3, 10, 40])
+    parser.add_argument("--calls", type=int, default=100)
+    parser.add_argument("--out", help="name of a result file in benchmarks/results; none is written without it")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = [{"tasks": T, "microseconds": measure(T, args.calls)} for T in args.tasks]
+    content = {"machine": machine(torch.device("cpu")) | {"cvxpy": cp.__version__}, "results": results}
+    if args.out:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{args.out}.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{content['machine']}\n\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()
