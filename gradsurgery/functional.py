@@ -28,7 +28,7 @@ from gradsurgery.methods.upgrad import upgrad
 from gradsurgery.methods.uw import uw
 from gradsurgery.methods.uw_so import uw_so
 from gradsurgery.registry import ColumnMethod, Method, build_method
-from gradsurgery.stats import Needs, Stats
+from gradsurgery.stats import Needs, Stats, all_finite
 
 __all__ = [
     "aggregate",
@@ -103,7 +103,8 @@ def aggregate(
     state = rule.init(T, len(sizes), dtype=torch.float64, device=jacobian.device)
     with torch.autocast(jacobian.device.type, enabled=False):
         if isinstance(rule, ColumnMethod):
-            return rule.columns(jacobian, state, generator) + 0 * (jacobian.sum(dim=0) + losses.sum())
+            direction = rule.direction(jacobian, state, generator)
+            return torch.where(all_finite(losses.double()), direction, torch.nan)
         assert isinstance(rule, Method)
         gramian = kernels.gramian(jacobian, bounds) if Needs.GRAMIAN in rule.needs else None
         stats, finite = Stats(losses.double(), gramian).sanitized()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Generator, Tensor, device, dtype
 
 from gradsurgery.stats import Needs, Stats
@@ -71,6 +72,11 @@ class ColumnMethod(BaseMethod):
 
         Pure, as `Method.weights` is; called for one piece of the parameters after another.
         """
+
+    def direction(self, jacobian: Tensor, state: State, generator: Generator | None) -> Tensor:
+        """`columns`, and NaN in the coordinates where a task gradient is not finite."""
+        direction = self.columns(jacobian, state, generator)
+        return torch.where(jacobian.sum(dim=0).isfinite(), direction, torch.nan)
 
 
 @dataclass(frozen=True)

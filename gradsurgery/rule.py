@@ -182,8 +182,7 @@ class Rule:
 
         def direct(jacobian: Tensor) -> Tensor:
             present = jacobian if index is None else jacobian[index]
-            direction = method.columns(present, state, self._generator)
-            return torch.where(present.sum(dim=0).isfinite(), direction, torch.nan)
+            return method.direction(present, state, self._generator)
 
         return direct
 

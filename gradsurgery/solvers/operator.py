@@ -32,9 +32,8 @@ def solver(name: str, schema: str, small: Scalar, tasks: int) -> Callable[[Body]
             shape, device = gramian.shape, gramian.device
             G = gramian.detach().cpu().numpy().reshape(-1, shape[-1], shape[-1])
             arrays = [a.detach().cpu().numpy() if isinstance(a, Tensor) else a for a in args]
-            solution, residual = (_one(small, G, arrays) if shape[-1] <= tasks and len(G) == 1 else None) or body(
-                G, *arrays
-            )
+            alone = len(G) == 1 and shape[-1] <= tasks
+            solution, residual = (_one(small, G, arrays) if alone else None) or body(G, *arrays)
             return (
                 torch.from_numpy(solution).view(shape[:-1]).to(device),
                 torch.from_numpy(residual).view(shape[:-2]).to(device),
