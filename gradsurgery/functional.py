@@ -7,16 +7,40 @@ import torch
 from torch import Generator, Tensor
 
 from gradsurgery import kernels
+from gradsurgery.methods.aligned_mtl import aligned_mtl
 from gradsurgery.methods.cagrad import cagrad
+from gradsurgery.methods.config import config
+from gradsurgery.methods.dualproj import dualproj
+from gradsurgery.methods.fairgrad import fairgrad
 from gradsurgery.methods.famo import famo
+from gradsurgery.methods.gradvac import gradvac
+from gradsurgery.methods.imtl_g import imtl_g
+from gradsurgery.methods.krum import krum
 from gradsurgery.methods.mgda import mgda
 from gradsurgery.methods.nash_mtl import nash_mtl
+from gradsurgery.methods.ntkmtl import ntkmtl
 from gradsurgery.methods.pcgrad import pcgrad
 from gradsurgery.methods.upgrad import upgrad
 from gradsurgery.registry import build_method
 from gradsurgery.stats import Needs, Stats
 
-__all__ = ["aggregate", "cagrad", "famo", "mgda", "nash_mtl", "pcgrad", "upgrad"]
+__all__ = [
+    "aggregate",
+    "aligned_mtl",
+    "cagrad",
+    "config",
+    "dualproj",
+    "fairgrad",
+    "famo",
+    "gradvac",
+    "imtl_g",
+    "krum",
+    "mgda",
+    "nash_mtl",
+    "ntkmtl",
+    "pcgrad",
+    "upgrad",
+]
 
 
 def aggregate(
