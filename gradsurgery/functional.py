@@ -13,9 +13,12 @@ from gradsurgery.methods.config import config
 from gradsurgery.methods.dualproj import dualproj
 from gradsurgery.methods.fairgrad import fairgrad
 from gradsurgery.methods.famo import famo
+from gradsurgery.methods.gradnorm import gradnorm
 from gradsurgery.methods.gradvac import gradvac
+from gradsurgery.methods.imtl import imtl
 from gradsurgery.methods.imtl_g import imtl_g
 from gradsurgery.methods.krum import krum
+from gradsurgery.methods.metabalance import metabalance
 from gradsurgery.methods.mgda import mgda
 from gradsurgery.methods.nash_mtl import nash_mtl
 from gradsurgery.methods.ntkmtl import ntkmtl
@@ -32,9 +35,12 @@ __all__ = [
     "dualproj",
     "fairgrad",
     "famo",
+    "gradnorm",
     "gradvac",
+    "imtl",
     "imtl_g",
     "krum",
+    "metabalance",
     "mgda",
     "nash_mtl",
     "ntkmtl",

@@ -7,9 +7,12 @@ from gradsurgery.methods.dualproj import DualProj
 from gradsurgery.methods.ew import EW
 from gradsurgery.methods.fairgrad import FairGrad
 from gradsurgery.methods.famo import FAMO
+from gradsurgery.methods.gradnorm import GradNorm
 from gradsurgery.methods.gradvac import GradVac
+from gradsurgery.methods.imtl import IMTL
 from gradsurgery.methods.imtl_g import IMTLG
 from gradsurgery.methods.krum import Krum
+from gradsurgery.methods.metabalance import MetaBalance
 from gradsurgery.methods.mgda import MGDA
 from gradsurgery.methods.nash_mtl import NashMTL
 from gradsurgery.methods.ntkmtl import NTKMTL
@@ -19,6 +22,7 @@ from gradsurgery.methods.upgrad import UPGrad
 __all__ = [
     "EW",
     "FAMO",
+    "IMTL",
     "IMTLG",
     "MGDA",
     "NTKMTL",
@@ -27,8 +31,10 @@ __all__ = [
     "ConFIG",
     "DualProj",
     "FairGrad",
+    "GradNorm",
     "GradVac",
     "Krum",
+    "MetaBalance",
     "NashMTL",
     "PCGrad",
     "UPGrad",

@@ -3,8 +3,8 @@
 Ban, Ji. ICML 2024. https://arxiv.org/abs/2402.15638, eq. 5-6.
 
 Deviations: the authors minimise the residual of G w = w^(-1/alpha) by SciPy's least squares; here Newton's method
-solves it to rounding, and a point without a solution is reported (see `gradsurgery.solvers.fair`). Their code multiplies
-the direction by T and clips it to norm 1; the equation has neither factor, nor is it here.
+solves it to rounding, and a point without a solution is reported (see `gradsurgery.solvers.fair`). Their code
+multiplies the direction by T and clips it to norm 1; the equation has neither factor, nor is it here.
 """
 
 import math

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, device, dtype
 from gradsurgery.registry import Method, State, register
 from gradsurgery.stats import Needs, Stats
 
-# Relative: scores nearer than this tie, and squared distances below it are the rounding of a zero.
+# Scores tie where they differ by less than this part of their value.
 TIE = 1e-9
 
 
@@ -43,22 +43,23 @@ def krum(G: Tensor, *, byzantine: int = 0, selected: int = 1) -> Tensor:
     T = G.shape[-1]
     if T == 1:
         return torch.ones_like(G[..., 0])
+    rounding = 64 * torch.finfo(G.dtype).eps
+    w = _krum(G.double(), min(max(T - byzantine - 2, 1), T - 1), min(selected, T), rounding)
+    return w.to(G.dtype)
+
+
+def _krum(G: Tensor, neighbours: int, count: int, rounding: float) -> Tensor:
     square = G.diagonal(dim1=-2, dim2=-1)
     total = square.unsqueeze(-1) + square.unsqueeze(-2)
     squared = total - 2 * G
-    rounding = 64 * torch.finfo(G.dtype).eps
     distance = torch.where(squared > rounding * total, squared, 0.0).clamp(min=0).sqrt()
-    distance = distance + torch.eye(T, dtype=G.dtype, device=G.device) * torch.inf
-    # inf * 0 is NaN off the diagonal.
-    distance = distance.nan_to_num(nan=0.0, posinf=torch.inf)
-    neighbours = min(max(T - byzantine - 2, 1), T - 1)
-    score = distance.sort(dim=-1).values[..., :neighbours].sum(dim=-1)
-    count = min(selected, T)
+    # A row's own distance, 0, is the first of the sorted ones.
+    score = distance.sort(dim=-1).values[..., 1 : neighbours + 1].sum(dim=-1)
     last = score.sort(dim=-1).values[..., count - 1 : count]
     sure = score < last * (1 - TIE)
     tied = ~sure & (score <= last * (1 + TIE))
-    share = (count - sure.sum(dim=-1, keepdim=True)) / tied.sum(dim=-1, keepdim=True)
-    return torch.where(sure, 1.0, torch.where(tied, share, 0.0)).to(G.dtype) / count
+    share = (count - sure.sum(dim=-1, keepdim=True)).to(G.dtype) / tied.sum(dim=-1, keepdim=True)
+    return torch.where(sure, 1.0, torch.where(tied, share, 0.0)) / count
 
 
 @register(

@@ -1,6 +1,6 @@
 """NTKMTL: Mitigating Task Imbalance in Multi-Task Learning from Neural Tangent Kernel Perspective.
 
-Qin, Wang, Yu, Gu, Chen, Hu, Yan. NeurIPS 2025. https://github.com/jianke0604/NTKMTL
+Qin, Wang, Liao, Yan. NeurIPS 2025. https://arxiv.org/abs/2510.18258
 
 The form with one kernel entry a task (n = 1): the largest eigenvalue of a task's kernel is then its squared gradient
 norm M_ii. The variant with per-micro-batch kernels needs more gradients than one a task and is not here.
@@ -43,7 +43,7 @@ def ntkmtl(G: Tensor, *, exponent: float = 0.5) -> Tensor:
 @register(
     "ntkmtl",
     paper="NTKMTL: Mitigating Task Imbalance in Multi-Task Learning from Neural Tangent Kernel Perspective, "
-    "https://github.com/jianke0604/NTKMTL",
+    "https://arxiv.org/abs/2510.18258",
     venue="NeurIPS 2025",
     heads="unweighted",
     guarantees=frozenset({"nonnegative", "scale_invariant", "homogeneous"}),

@@ -1,4 +1,4 @@
-"""The projection of one combination of the task gradients onto their dual cone (see `gradsurgery.solvers.dual_cone`)."""
+"""Projection of one combination of the task gradients onto their dual cone (see `gradsurgery.solvers.dual_cone`)."""
 
 import numpy as np
 
