@@ -7,17 +7,28 @@ import torch
 from torch import Generator, Tensor
 
 from gradsurgery import kernels
+from gradsurgery.methods.aligned_mtl import aligned_mtl
 from gradsurgery.methods.cagrad import cagrad
+from gradsurgery.methods.config import config
 from gradsurgery.methods.cosmos import cosmos
+from gradsurgery.methods.dualproj import dualproj
 from gradsurgery.methods.dwa import dwa
+from gradsurgery.methods.fairgrad import fairgrad
 from gradsurgery.methods.famo import famo
 from gradsurgery.methods.gls import gls
 from gradsurgery.methods.go4align import go4align
 from gradsurgery.methods.graddrop import graddrop
+from gradsurgery.methods.gradnorm import gradnorm
+from gradsurgery.methods.gradvac import gradvac
 from gradsurgery.methods.igb import igb
+from gradsurgery.methods.imtl import imtl
+from gradsurgery.methods.imtl_g import imtl_g
 from gradsurgery.methods.imtl_l import imtl_l
+from gradsurgery.methods.krum import krum
+from gradsurgery.methods.metabalance import metabalance
 from gradsurgery.methods.mgda import mgda
 from gradsurgery.methods.nash_mtl import nash_mtl
+from gradsurgery.methods.ntkmtl import ntkmtl
 from gradsurgery.methods.pbi import pbi
 from gradsurgery.methods.pcgrad import pcgrad
 from gradsurgery.methods.rlw import rlw
@@ -32,17 +43,28 @@ from gradsurgery.stats import Needs, Stats, all_finite
 
 __all__ = [
     "aggregate",
+    "aligned_mtl",
     "cagrad",
+    "config",
     "cosmos",
+    "dualproj",
     "dwa",
+    "fairgrad",
     "famo",
     "gls",
     "go4align",
     "graddrop",
+    "gradnorm",
+    "gradvac",
     "igb",
+    "imtl",
+    "imtl_g",
     "imtl_l",
+    "krum",
+    "metabalance",
     "mgda",
     "nash_mtl",
+    "ntkmtl",
     "pbi",
     "pcgrad",
     "rlw",

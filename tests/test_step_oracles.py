@@ -1,4 +1,4 @@
-"""Methods that read losses only, and those that work column by column, step by step against their oracles."""
+"""Methods that read losses only, that keep state, or that work column by column, step by step against their oracles."""
 
 import importlib
 from collections.abc import Callable
@@ -7,9 +7,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import dwa, go4align, graddrop, igb, imtl_l, rlw, stch, trimmed_mean, uw
+from reference import (
+    dwa,
+    go4align,
+    graddrop,
+    gradnorm,
+    gradvac,
+    igb,
+    imtl,
+    imtl_l,
+    metabalance,
+    rlw,
+    stch,
+    trimmed_mean,
+    uw,
+)
 
 from gradsurgery import aggregate, functional, list_methods
+from gradsurgery.methods.pcgrad import draw_orders
 from gradsurgery.registry import EpochMethod, Method, build_method
 from gradsurgery.stats import Needs, Stats
 
@@ -39,6 +54,14 @@ STATEFUL: list[tuple[str, dict[str, Any], Callable[[], Any]]] = [
     ("stch", {"warmup_epochs": 1, "window": 4}, lambda: stch.Stch(T, 1.0, 1, 4)),
     ("igb", {}, lambda: igb.Igb(T)),
     ("igb", {"base_epoch": 0, "window": 6}, lambda: igb.Igb(T, 0, 6)),
+]
+# Of methods that read gradients, too: made from (T,) and called with (J, losses).
+LEARNED: list[tuple[str, dict[str, Any], Callable[[], Any]]] = [
+    ("imtl", {"lr": 0.1}, lambda: imtl.Imtl(T, 0.1)),
+    ("gradnorm", {"lr": 0.01}, lambda: gradnorm.GradNorm(T, 1.5, 0.01)),
+    ("gradnorm", {"alpha": 0.12}, lambda: gradnorm.GradNorm(T, 0.12)),
+    ("metabalance", {}, lambda: metabalance.MetaBalance(T)),
+    ("metabalance", {"target": 2, "relax": 1.0, "beta": 0.5}, lambda: metabalance.MetaBalance(T, 2, 1.0, 0.5)),
 ]
 
 
@@ -73,6 +96,39 @@ def test_stateful(name: str, hparams: dict[str, Any], make: Callable[[], Any]) -
             state = method.epoch_end(state)
             reference.epoch_end()
     assert not torch.allclose(seen[-1] / seen[-1].sum(), seen[0] / seen[0].sum(), rtol=1e-3)
+
+
+def rows(step: int) -> np.ndarray:
+    """Gradients (T, 9) of different lengths, some in conflict."""
+    J = np.random.default_rng(100 + step).standard_normal((T, 9))
+    return (J - 0.4 * J.mean(axis=0)) * np.array([1.0, 5.0, 0.2, 2.0])[:, None]
+
+
+@pytest.mark.parametrize(("name", "hparams", "make"), LEARNED)
+def test_learned(name: str, hparams: dict[str, Any], make: Callable[[], Any]) -> None:
+    method, reference = build_method(name, hparams), make()
+    assert isinstance(method, Method)
+    state = method.init(T, 1, dtype=torch.float64, device=torch.device("cpu"))
+    for step, losses in enumerate(batches()):
+        J = rows(step)
+        stats = Stats(torch.from_numpy(losses), torch.from_numpy(J @ J.T).unsqueeze(0))
+        w, state, _ = method.weights(stats, state, None)
+        np.testing.assert_allclose(w[0].numpy(), reference.weights(J, losses), rtol=1e-7, err_msg=f"step {step}")
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.5])
+def test_gradvac(beta: float) -> None:
+    reference = gradvac.GradVac(T, beta)
+    method = build_method("gradvac", {"beta": beta})
+    assert isinstance(method, Method)
+    state = method.init(T, 1, dtype=torch.float64, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(30):
+        J = rows(step)
+        before = generator.get_state()
+        w, state, _ = method.weights(Stats(torch.ones(T), torch.from_numpy(J @ J.T).unsqueeze(0)), state, generator)
+        orders = draw_orders(T, torch.Generator().set_state(before), w.device)
+        np.testing.assert_allclose(w[0].numpy(), reference.weights(J, orders=orders.numpy()), rtol=1e-7)
 
 
 def test_rlw_law() -> None:

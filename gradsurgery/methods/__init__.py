@@ -1,18 +1,29 @@
 """Methods: one paper, one file. Importing this package registers them all."""
 
+from gradsurgery.methods.aligned_mtl import AlignedMTL
 from gradsurgery.methods.cagrad import CAGrad
+from gradsurgery.methods.config import ConFIG
 from gradsurgery.methods.constant import Constant
 from gradsurgery.methods.cosmos import COSMOS
+from gradsurgery.methods.dualproj import DualProj
 from gradsurgery.methods.dwa import DWA
 from gradsurgery.methods.ew import EW
+from gradsurgery.methods.fairgrad import FairGrad
 from gradsurgery.methods.famo import FAMO
 from gradsurgery.methods.gls import GLS
 from gradsurgery.methods.go4align import GO4Align
 from gradsurgery.methods.graddrop import GradDrop
+from gradsurgery.methods.gradnorm import GradNorm
+from gradsurgery.methods.gradvac import GradVac
 from gradsurgery.methods.igb import IGB
+from gradsurgery.methods.imtl import IMTL
+from gradsurgery.methods.imtl_g import IMTLG
 from gradsurgery.methods.imtl_l import IMTLL
+from gradsurgery.methods.krum import Krum
+from gradsurgery.methods.metabalance import MetaBalance
 from gradsurgery.methods.mgda import MGDA
 from gradsurgery.methods.nash_mtl import NashMTL
+from gradsurgery.methods.ntkmtl import NTKMTL
 from gradsurgery.methods.pbi import PBI
 from gradsurgery.methods.pcgrad import PCGrad
 from gradsurgery.methods.rlw import RLW
@@ -30,18 +41,29 @@ __all__ = [
     "FAMO",
     "GLS",
     "IGB",
+    "IMTL",
+    "IMTLG",
     "IMTLL",
     "MGDA",
+    "NTKMTL",
     "PBI",
     "RLW",
     "SI",
     "STCH",
     "UW",
     "UWSO",
+    "AlignedMTL",
     "CAGrad",
+    "ConFIG",
     "Constant",
+    "DualProj",
+    "FairGrad",
     "GO4Align",
     "GradDrop",
+    "GradNorm",
+    "GradVac",
+    "Krum",
+    "MetaBalance",
     "NashMTL",
     "PCGrad",
     "TrimmedMean",

@@ -1,8 +1,9 @@
 """Exact solvers on T x T Gramians: float64, scale-free, each a torch custom operator that returns its residual."""
 
 from gradsurgery.solvers.cagrad import cagrad_multipliers
-from gradsurgery.solvers.dual_cone import dual_cone
+from gradsurgery.solvers.dual_cone import dual_cone, dual_projection
+from gradsurgery.solvers.fair import fair
 from gradsurgery.solvers.min_norm import min_norm
 from gradsurgery.solvers.nash import nash
 
-__all__ = ["cagrad_multipliers", "dual_cone", "min_norm", "nash"]
+__all__ = ["cagrad_multipliers", "dual_cone", "dual_projection", "fair", "min_norm", "nash"]

@@ -4,6 +4,8 @@ The projection of J^T u is J^T v with v = argmin_{v >= u} v^T G v (Quinton, Rey,
 Ranzato, NeurIPS 2017, eq. 11). With v = u + x it is a non-negative program in x >= 0, solved in unit-diagonal form.
 """
 
+from operator import mul
+
 import numpy as np
 
 from gradsurgery.solvers.nnqp import TOLERANCE, kkt_residual_small, nnqp, nnqp_small
@@ -53,3 +55,45 @@ def dual_cone(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, 
         w (..., T), such that w^T J is the sum, and the worst relative optimality residual of its T programs (...,).
     """
     return dual_cone_numpy(gramian, preference)
+
+
+def dual_projection_numpy(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (N, T) and residual (N,) for Gramians (N, T, T) and a preference (T,); see `dual_projection`."""
+    cosine, norm = unit_diagonal(gramian)
+    wanted = preference * norm
+    size = wanted.max(-1, keepdims=True)
+    x, residual = nnqp(cosine, -(cosine @ (wanted / size)[..., None])[..., 0])
+    return preference + x * size / norm, residual
+
+
+def dual_projection_small(gramian: list[list[float]], preference: list[float]) -> tuple[list[float], float] | None:
+    """`dual_projection` of one Gramian."""
+    if min(map(min, gramian)) >= 0:
+        return preference, 0.0
+    cosine, norm = unit_diagonal_small(gramian)
+    wanted = [p * n for p, n in zip(preference, norm, strict=True)]
+    size = max(wanted)
+    linear = [-sum(map(mul, row, wanted)) / size for row in cosine]
+    if max(linear) <= 0:
+        return preference, 0.0
+    solved = nnqp_small(cosine, linear)
+    if solved is None:
+        return None
+    x = [max(v, 0.0) for v in solved[0]]
+    residual = kkt_residual_small(cosine, linear, x)
+    w = [p + v * size / n for p, v, n in zip(preference, x, norm, strict=True)]
+    return (w, residual) if residual <= TOLERANCE else None
+
+
+@solver("dual_projection", "(Tensor gramian, Tensor preference)", dual_projection_small, tasks=6)
+def dual_projection(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Projection of ``preference^T J`` onto the dual cone of the rows of J.
+
+    Args:
+        gramian: (..., T, T) float64.
+        preference: (T,) float64, positive.
+
+    Returns:
+        w (..., T) >= preference, such that w^T J is the projection, and its relative optimality residual (...,).
+    """
+    return dual_projection_numpy(gramian, preference)

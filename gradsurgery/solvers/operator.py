@@ -14,7 +14,9 @@ Scalar = Callable[..., tuple[list[float], float] | None]
 _LIBRARY = torch.library.Library("gradsurgery", "FRAGMENT")
 
 
-def solver(name: str, schema: str, small: Scalar, tasks: int) -> Callable[[Body], Callable[..., tuple[Tensor, Tensor]]]:
+def solver(
+    name: str, schema: str, small: Scalar | None = None, tasks: int = 0
+) -> Callable[[Body], Callable[..., tuple[Tensor, Tensor]]]:
     """Decorator: ``body(gramian (N, T, T), *others)`` in float64 NumPy -> ``(solution (N, T), residual (N,))``.
 
     The operator takes float64 tensors on any device, ``gramian (..., T, T)`` first; on an accelerator the T x T
@@ -32,8 +34,8 @@ def solver(name: str, schema: str, small: Scalar, tasks: int) -> Callable[[Body]
             shape, device = gramian.shape, gramian.device
             G = gramian.detach().cpu().numpy().reshape(-1, shape[-1], shape[-1])
             arrays = [a.detach().cpu().numpy() if isinstance(a, Tensor) else a for a in args]
-            alone = len(G) == 1 and shape[-1] <= tasks
-            solution, residual = (_one(small, G, arrays) if alone else None) or body(G, *arrays)
+            short = small is not None and len(G) == 1 and shape[-1] <= tasks and _one(small, G, arrays)
+            solution, residual = short or body(G, *arrays)
             return (
                 torch.from_numpy(solution).view(shape[:-1]).to(device),
                 torch.from_numpy(residual).view(shape[:-2]).to(device),
