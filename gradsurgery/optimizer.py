@@ -12,8 +12,16 @@ from torch.optim import Optimizer
 
 from gradsurgery.engines import Engine, make_engine
 from gradsurgery.losses import Losses
-from gradsurgery.parameters import Blocks, Parameters, SharedParams
-from gradsurgery.registry import BaseMethod, ColumnMethod, HeadPolicy, build_method, get_method, list_methods
+from gradsurgery.parameters import Blocks, Parameters, SharedParams, base_parameters
+from gradsurgery.registry import (
+    BaseMethod,
+    ColumnMethod,
+    HeadPolicy,
+    TrackedMethod,
+    build_method,
+    get_method,
+    list_methods,
+)
 from gradsurgery.rule import GramianFunction, Rule
 from gradsurgery.stats import StepInfo
 from gradsurgery.surgery import Surgery
@@ -100,6 +108,11 @@ class MTLOptimizer(Optimizer):
                 f"{name} works coordinate by coordinate and has no weights: heads='weighted', update_every and average "
                 "have nothing to go by. Leave them at their defaults, or use a method with weights."
             )
+        if isinstance(rule, TrackedMethod) and rule.acts_on == "measured" and update_every > 1:
+            raise ValueError(
+                f"update_every={update_every} takes ordinary backwards between solves, while {name} moves along rows "
+                "that it tracks from step to step, and has nothing to go by there. Use update_every=1."
+            )
         self.base_opt = base_opt
         self._surgery = Surgery(
             Rule(rule, name, update_every, torch.initial_seed() if seed is None else seed, heads or policy, average),
@@ -153,7 +166,13 @@ class MTLOptimizer(Optimizer):
         self.base_opt.zero_grad(set_to_none=set_to_none)
 
     @torch._disable_dynamo
-    def backward(self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None) -> StepInfo:
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        independent: Sequence[Losses] | None = None,
+    ) -> StepInfo:
         """Accumulates into ``.grad``, as ``loss.backward()`` does, the direction that the method makes of the losses.
 
         Args:
@@ -161,6 +180,9 @@ class MTLOptimizer(Optimizer):
                 absent from this batch. The first call fixes the tasks.
             scaler: the AMP scaler. Losses are given unscaled; the method sees unscaled gradients, and ``.grad`` is left
                 scaled for ``scaler.step(optimizer)``.
+            independent: for the methods that learn their weights from independent samples (``sdmgrad``, ``modo``): the
+                losses of two further batches, each of its own draw and forward. Shared parameters alone are
+                differentiated there, and ``.grad`` takes nothing from it.
 
         Returns:
             What came of it, also kept as ``info``.
@@ -168,11 +190,15 @@ class MTLOptimizer(Optimizer):
         Raises:
             TypeError, ValueError: the losses cannot be used (the message says why); nothing has been changed then.
         """
-        return self._surgery.backward(losses, scaler)
+        return self._surgery.backward(losses, scaler, independent)
 
     @torch._disable_dynamo
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, losses: Losses | Callable[[], Any] | None = None, *, closure: Callable[[], Any] | None = None
+        self,
+        losses: Losses | Callable[[], Any] | None = None,
+        *,
+        closure: Callable[[], Any] | None = None,
+        independent: Sequence[Losses] | None = None,
     ) -> Any:
         """One step of the base optimizer, after `backward` where losses are given.
 
@@ -181,6 +207,7 @@ class MTLOptimizer(Optimizer):
                 has done its own backward, as any torch closure. None: the gradients are there already; the method's
                 state is left alone.
             closure: the same, by torch's name.
+            independent: as in `backward`.
 
         Returns:
             What the closure returned, else None.
@@ -196,9 +223,9 @@ class MTLOptimizer(Optimizer):
                 with torch.enable_grad():
                     result = given()
                 if _are_losses(result):
-                    self.backward(result)
+                    self.backward(result, independent=independent)
             elif given is not None:
-                self.backward(given)
+                self.backward(given, independent=independent)
             self._base_step()
         return result
 
@@ -246,14 +273,19 @@ class MTLOptimizer(Optimizer):
         """The base optimizer's, with the method's own under ``["param_groups"][0]["mtl"]``.
 
         That entry is one JSON text: `torch.load` with ``weights_only=True`` and `torch.distributed.checkpoint` keep it,
-        and a plain optimizer that loads the dict passes it by.
+        and a plain optimizer that loads the dict passes it by. What a method remembers of each parameter (`moco`,
+        `db_mtl`, `excess_mtl`) is an entry ``"mtl_rows"`` (T, *shape) of that parameter's state.
         """
         for hook in self._hooks("_optimizer_state_dict_pre_hooks"):
             hook(self)
         state_dict = self.base_opt.state_dict()
         groups = [dict(group) for group in state_dict["param_groups"]]
         groups[0]["mtl"] = self._surgery.rule.pack(self._surgery.engine.name)
-        state_dict = {**state_dict, "param_groups": groups}
+        state = dict(state_dict["state"])
+        position = {p: n for n, p in enumerate(base_parameters(self.base_opt))}
+        for p, rows in self._surgery.remembered():
+            state[position[p]] = {**state.get(position[p], {}), "mtl_rows": rows}
+        state_dict = {**state_dict, "state": state, "param_groups": groups}
         for hook in self._hooks("_optimizer_state_dict_post_hooks"):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -272,8 +304,13 @@ class MTLOptimizer(Optimizer):
         groups = [dict(group) for group in state_dict["param_groups"]]
         text = groups[0].pop("mtl", "") if groups else ""
         content = self._surgery.rule.check(text) if text else None
-        self.base_opt.load_state_dict({**state_dict, "param_groups": groups})
+        state, rows = _split_rows(state_dict["state"])
+        ids = [n for group in groups for n in group["params"]]
+        known = [(p, rows[n]) for n, p in zip(ids, base_parameters(self.base_opt), strict=False) if n in rows]
+        _check_rows(known, content)
+        self.base_opt.load_state_dict({**state_dict, "state": state, "param_groups": groups})
         self._surgery.rule.unpack(content)
+        self._surgery.remember(known)
         self._mark_groups()
         for hook in self._hooks("_optimizer_load_state_dict_post_hooks"):
             hook(self)
@@ -326,6 +363,22 @@ _HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+
+
+def _split_rows(state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Tensor]]:
+    """A state dict's state without what a method remembers of parameters, and that."""
+    rows = {n: entry["mtl_rows"] for n, entry in state.items() if isinstance(entry, Mapping) and "mtl_rows" in entry}
+    own = {n: {k: v for k, v in entry.items() if k != "mtl_rows"} if n in rows else entry for n, entry in state.items()}
+    return {n: entry for n, entry in own.items() if n not in rows or entry}, rows
+
+
+def _check_rows(known: Sequence[tuple[Tensor, Tensor]], content: Mapping[str, Any] | None) -> None:
+    for p, rows in known:
+        if content is None or rows.shape != (len(content["tasks"] or ()), *p.shape):
+            raise ValueError(
+                f"The checkpoint remembers rows of shape {tuple(rows.shape)} of a parameter of shape {tuple(p.shape)}: "
+                "it was written for another model or other tasks."
+            )
 
 
 def _check_base(base_opt: Optimizer) -> None:

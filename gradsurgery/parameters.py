@@ -56,7 +56,7 @@ class Parameters:
                 "shared_params is empty (an exhausted generator, perhaps?). Pass the parameters that the tasks share, "
                 "or None to find them from the losses."
             )
-        owned = {id(p) for p in _base_parameters(self._base)}
+        owned = {id(p) for p in base_parameters(self._base)}
         if strangers := [p for p in given.values() if id(p) not in owned]:
             raise ValueError(
                 f"{len(strangers)} of {len(given)} shared parameters are not in the base optimizer, which would leave "
@@ -77,7 +77,7 @@ class Parameters:
             ValueError: shared parameters are to be found, and a task is absent, the losses are the entries of one
                 vector, or no parameter is shared.
         """
-        flags = tuple((id(p), p.requires_grad) for p in _base_parameters(self._base))
+        flags = tuple((id(p), p.requires_grad) for p in base_parameters(self._base))
         if flags != self._flags or self._foreign:
             self._traced.clear()
         if flags != self._flags:
@@ -95,14 +95,14 @@ class Parameters:
         if self._named is None and self._found is None:
             _check_separate([losses.outputs[t] for t in new])
             self._found = self._find([reached[t] for t in new])
-        known = {id(p) for p in _base_parameters(self._base)} | {id(p) for p in self._foreign}
+        known = {id(p) for p in base_parameters(self._base)} | {id(p) for p in self._foreign}
         for leaf in {id(p): p for found in reached.values() for p in found.values()}.values():
             if id(leaf) not in known and isinstance(leaf, Parameter):
                 self._foreign.append(leaf)
         self._traced.update(losses.tasks[t] for t in new)
 
     def _find(self, reached: list[dict[int, Tensor]]) -> list[Tensor]:
-        shared = [p for p in _base_parameters(self._base) if sum(id(p) in found for found in reached) > 1]
+        shared = [p for p in base_parameters(self._base) if sum(id(p) in found for found in reached) > 1]
         if not shared:
             raise ValueError(
                 f"No parameter of the base optimizer is reached by more than one of the {len(reached)} losses, so "
@@ -135,7 +135,7 @@ class Parameters:
     def task_specific(self) -> list[Tensor]:
         """Every other parameter that takes a gradient: of the base optimizer, and those that only the losses reach."""
         shared = {id(p) for p in self._all_shared()}
-        candidates = [*_base_parameters(self._base), *self._foreign]
+        candidates = [*base_parameters(self._base), *self._foreign]
         return [p for p in candidates if p.requires_grad and id(p) not in shared]
 
     def blocks(self) -> list[list[Tensor]]:
@@ -199,7 +199,7 @@ def leaves(output: Output | None) -> dict[int, Tensor]:
     return found
 
 
-def _base_parameters(base_opt: Optimizer) -> list[Tensor]:
+def base_parameters(base_opt: Optimizer) -> list[Tensor]:
     return [p for group in base_opt.param_groups for p in group["params"]]
 
 

@@ -54,7 +54,8 @@ class Method(BaseMethod):
     def weights(
         self, stats: Stats, state: State, generator: Generator | None
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """Task weights (B, T), the next state, and diagnostics (``residual`` (B,) where a solver ran).
+        """Task weights (B, T), the next state, and diagnostics: ``residual`` (B,) where a solver ran, ``head_weights``
+        (T,) where weighted heads take others than the mean over blocks.
 
         Pure: nothing is kept on ``self``, random numbers come from ``generator`` alone, nothing synchronises.
         """
@@ -77,6 +78,32 @@ class ColumnMethod(BaseMethod):
         """`columns`, and NaN in the coordinates where a task gradient is not finite."""
         direction = self.columns(jacobian, state, generator)
         return torch.where(jacobian.sum(dim=0).isfinite(), direction, torch.nan)
+
+
+@dataclass(frozen=True)
+class TrackedMethod(Method):
+    """A rule that remembers numbers in the coordinates of the shared parameters: T x d beside its state, 0 at first.
+
+    ``Stats.gramian`` holds the inner products of what `track` measures. ``acts_on`` says what the weights multiply:
+    the task gradients, or the rows that were measured (which then take their place).
+    """
+
+    needs: ClassVar[Needs] = Needs.TRACKED
+    acts_on: ClassVar[Literal["gradients", "measured"]] = "measured"
+
+    @abc.abstractmethod
+    def track(self, rows: Tensor, tracked: Tensor, losses: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """What to remember next (T, n), and the rows (T, n) to measure, in n coordinates.
+
+        Pure and coordinate by coordinate: it is called for one piece of the parameters after another, for each of them
+        twice in a step, with the state from before the step.
+
+        Args:
+            rows: (T, n) task gradients, unscaled, float32 at least.
+            tracked: (T, n), what was remembered, in the same dtype.
+            losses: (T,) float64.
+            state: as `Method.weights` will see it.
+        """
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,16 @@ import torch
 from torch import Generator, Tensor
 
 from gradsurgery.losses import TaskLosses
-from gradsurgery.registry import BaseMethod, ColumnMethod, EpochMethod, HeadPolicy, Method, ObservingMethod, State
+from gradsurgery.registry import (
+    BaseMethod,
+    ColumnMethod,
+    EpochMethod,
+    HeadPolicy,
+    Method,
+    ObservingMethod,
+    State,
+    TrackedMethod,
+)
 from gradsurgery.stats import Needs, Stats, all_finite
 
 FORMAT = 1
@@ -90,7 +99,7 @@ class Rule:
             self._averaged = self._averaged.to(device)
         if self._weights is not None:
             self._weights = self._weights.to(device)
-            if len(self._weights) != (blocks if Needs.GRAMIAN in self.method.needs else 1):
+            if len(self._weights) != (1 if self.method.needs is Needs.LOSSES else blocks):
                 raise ValueError(
                     f"The checkpoint holds weights for {len(self._weights)} blocks, and this optimizer has {blocks}; "
                     "build it with the same blocks and shared_params."
@@ -140,21 +149,26 @@ class Rule:
         """Back to `snapshot`; random numbers drawn since stay drawn."""
         self.__dict__.update(snapshot)
 
-    def solve(self, losses: TaskLosses, gramian: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def solve(
+        self, losses: TaskLosses, gramian: Tensor | None, cross: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """New weights (B, T), 0 for an absent task, and the method's diagnostics.
 
-        Where a loss, the Gramian or what the method makes of them is not finite, the weights are NaN (so that an AMP
+        Where a loss, a Gramian or what the method makes of them is not finite, the weights are NaN (so that an AMP
         scaler skips the step, as it would without surgery) and the state stays as it was.
         """
         index, values, before = self._present(losses)
-        if index is not None and gramian is not None:
-            gramian = gramian[:, index][:, :, index]
+        if index is not None:
+            gramian, cross = (None if G is None else G[:, index][:, :, index] for G in (gramian, cross))
         assert isinstance(self.method, Method)
-        stats, finite = Stats(values, gramian).sanitized()
+        stats, finite = Stats(values, gramian, cross).sanitized()
         w, after, diagnostics = self.method.weights(stats, before, self._generator)
         finite = self._keep(before, after, finite & all_finite(w), index)
         if index is not None:
             w = w.new_zeros(len(w), len(losses.tasks)).index_copy_(1, index, w)
+            if "head_weights" in diagnostics:
+                own = diagnostics["head_weights"]
+                diagnostics["head_weights"] = own.new_zeros(len(losses.tasks)).index_copy_(0, index, own)
         if self.average:
             w = self._smooth(w, finite, index)
         previous = torch.ones_like(w) if self._weights is None else self._weights
@@ -185,6 +199,21 @@ class Rule:
             return method.direction(present, state, self._generator)
 
         return direct
+
+    def track(self, losses: TaskLosses) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """`TrackedMethod.track` of this step: an absent task's rows wait, and its measured ones are 0."""
+        method = self.method
+        assert isinstance(method, TrackedMethod)
+        index, values, state = self._present(losses)
+        before = dict(state)
+
+        def track(rows: Tensor, tracked: Tensor) -> tuple[Tensor, Tensor]:
+            if index is None:
+                return method.track(rows, tracked, values, before)
+            new, measured = method.track(rows[index], tracked[index], values, before)
+            return tracked.index_copy(0, index, new), torch.zeros_like(rows).index_copy_(0, index, measured)
+
+        return track
 
     def _keep(self, before: State, after: State, finite: Tensor, index: Tensor | None) -> Tensor:
         """Takes over the next state, unless something in it or before it is not finite."""

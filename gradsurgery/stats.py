@@ -17,6 +17,8 @@ class Needs(enum.Flag):
     LOSSES = enum.auto()
     GRAMIAN = enum.auto()
     COLUMNS = enum.auto()
+    CROSS = enum.auto()
+    TRACKED = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -25,23 +27,25 @@ class Stats:
 
     Attributes:
         losses: (T,) float64, loss values.
-        gramian: (B, T, T) float64, inner products of the task gradients in each block, in squared gradient units;
-            None where the method asked for losses only.
+        gramian: (B, T, T) float64, inner products of the task gradients in each block, in squared gradient units; of
+            the rows that `TrackedMethod.track` returns, for a method that has such; None where it was not asked for.
+        cross: (B, T, T) float64, inner products of the gradients of one independent batch (first task axis) with those
+            of another; None where it was not asked for.
     """
 
     losses: Tensor
     gramian: Tensor | None = None
+    cross: Tensor | None = None
 
     def sanitized(self) -> "tuple[Stats, Tensor]":
         """Statistics that are safe to solve for, and whether () they are these: a solver never sees NaN or Inf."""
-        gramian = self.gramian
-        if gramian is None:
-            finite = all_finite(self.losses)
-        else:
-            finite = all_finite(self.losses, gramian)
-            identity = torch.eye(gramian.shape[-1], dtype=gramian.dtype, device=gramian.device)
-            gramian = torch.where(finite, gramian, identity)
-        return Stats(torch.where(finite, self.losses, 1.0), gramian), finite
+        measured = [G for G in (self.gramian, self.cross) if G is not None]
+        finite = all_finite(self.losses, *measured)
+
+        def safe(G: Tensor | None) -> Tensor | None:
+            return None if G is None else torch.where(finite, G, torch.eye(G.shape[-1], dtype=G.dtype, device=G.device))
+
+        return Stats(torch.where(finite, self.losses, 1.0), safe(self.gramian), safe(self.cross)), finite
 
 
 def all_finite(*tensors: Tensor) -> Tensor:
@@ -67,8 +71,9 @@ class StepInfo:
         weights: (B, T) float64, what each task's gradient was multiplied by; 0 for an absent task, NaN where a loss or
             the Gramian is not finite. None while rows are only being held (inside `MTLOptimizer.accumulate`), and of a
             method that works column by column.
-        gramian: (B, T, T) float64, 0 in the rows of an absent task; None in a step that measured no gradients
-            (a method that needs only losses, or a step between two solves of ``update_every``).
+        gramian: (B, T, T) float64, 0 in the rows of an absent task; None in a step that took no inner products of its
+            own gradients (a method that needs only losses, columns, other batches or tracked rows, or a step between
+            two solves of ``update_every``).
         residual: (B,) float64, relative optimality residual that the solver reached; None for closed forms.
         engine: name of the engine that ran, or ``"weighted"`` for one ordinary backward of the weighted sum.
         diagnostics: whatever else the method reports, by name.

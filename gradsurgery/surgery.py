@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,15 @@ from torch import Tensor
 from gradsurgery.engines import Engine, Measurement
 from gradsurgery.engines.layout import Layout
 from gradsurgery.engines.scalar import split_backward, weighted_backward
-from gradsurgery.losses import Losses, TaskLosses, read_losses
+from gradsurgery.losses import Losses, TaskLosses, node_of, read_losses
 from gradsurgery.parameters import Parameters
+from gradsurgery.registry import TrackedMethod
 from gradsurgery.rule import Rule
 from gradsurgery.stats import Needs, StepInfo
+from gradsurgery.tracked import Tracked
+
+# Independent batches that a method with `Needs.CROSS` learns from.
+SAMPLES = 2
 
 
 class Surgery:
@@ -35,33 +41,37 @@ class Surgery:
         self.parameters = parameters
         self.info: StepInfo | None = None
         self.holding = False
-        self._held: Measurement | None = None
+        self._held: list[Measurement] = []
         self._held_losses: TaskLosses | None = None
         self._held_scale: Tensor | None = None
         self._held_weights: Tensor | None = None
-        self._layout: Layout | None = None
+        self._layouts: list[Layout] = []
+        self._tracked: Tracked | None = None
+        self._remembered: list[tuple[Tensor, Tensor]] = []
         self._signature: tuple[object, ...] = ()
 
     @property
     def layout(self) -> Layout:
         """Where the shared parameters lie; there from the first step that needs them on."""
-        assert self._layout is not None
-        return self._layout
+        return self._layouts[0]
 
-    def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None) -> StepInfo:
+    def backward(
+        self, losses: Losses, scaler: torch.amp.GradScaler | None, independent: Sequence[Losses] | None
+    ) -> StepInfo:
         """See `MTLOptimizer.backward`."""
         read = read_losses(losses, self.rule.tasks)
+        samples = self._read_samples(read, independent)
         grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
-        gradients = bool(self.rule.method.needs & (Needs.GRAMIAN | Needs.COLUMNS))
+        gradients = self.rule.method.needs is not Needs.LOSSES
         if self.holding or gradients or self.rule.heads == "unweighted":
             self._prepare(read)
-        self.rule.start(read.tasks, 1 if self._layout is None else self._layout.blocks, read.values.device)
+        self.rule.start(read.tasks, self.layout.blocks if self._layouts else 1, read.values.device)
         before = self.rule.snapshot()
         try:
             if self.holding:
-                return self._hold(read, grad_scale)
+                return self._hold([read, *samples], grad_scale)
             if gradients and self.rule.due(read):
-                self.info = self._apply(read, self._measure(read, grad_scale), grad_scale)
+                self.info = self._apply(read, self._measure([read, *samples], grad_scale), grad_scale)
             else:
                 self.info = self._weighted(read, self._next_weights(read), grad_scale)
         except BaseException:
@@ -81,7 +91,7 @@ class Surgery:
     def release(self) -> None:
         """Operates on the rows held, if there are any."""
         if self._held_losses is not None:
-            if self._held is not None:
+            if self._held:
                 self.info = self._apply(self._held_losses, self._held, self._held_scale)
             elif self._held_weights is not None:
                 self.rule.cached()
@@ -89,63 +99,144 @@ class Surgery:
 
     def drop(self) -> None:
         """Forgets the rows held."""
-        self.holding, self._held, self._held_losses = False, None, None
+        self.holding, self._held, self._held_losses = False, [], None
         self._held_scale, self._held_weights = None, None
 
     def __getstate__(self) -> dict[str, Any]:
         # Flat rows are rebuilt when they are needed, and nothing of a graph leaves the process.
-        held = dict.fromkeys(("_layout", "_held", "_held_losses", "_held_scale", "_held_weights"))
-        return {**self.__dict__, **held, "_signature": (), "holding": False}
+        held = dict.fromkeys(("_tracked", "_held_losses", "_held_scale", "_held_weights"))
+        empty = {"_layouts": [], "_held": [], "_signature": (), "holding": False}
+        return {**self.__dict__, **held, **empty, "_remembered": self.remembered()}
+
+    def remembered(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters with what a `TrackedMethod` remembers of each, (T, *shape)."""
+        return self._remembered if self._tracked is None else self._tracked.by_parameter()
+
+    def remember(self, known: list[tuple[Tensor, Tensor]]) -> None:
+        """Takes over what `remembered` gave; an empty list starts afresh."""
+        if not known and self.rule.tasks is not None and isinstance(self.rule.method, TrackedMethod):
+            warnings.warn(
+                f"The checkpoint brings no rows for {self.rule.name} to go on from; they start at 0. "
+                "torch.distributed.checkpoint reads them only into an optimizer that has taken a backward before.",
+                stacklevel=4,
+            )
+        self._tracked, self._remembered = None, known
+
+    def _read_samples(self, losses: TaskLosses, independent: Sequence[Losses] | None) -> list[TaskLosses]:
+        """The independent batches, where the method learns from such and is due.
+
+        Raises:
+            ValueError: they are missing, of no use, not two, share a graph with each other, or miss a task.
+        """
+        name, wanted = self.rule.name, Needs.CROSS in self.rule.method.needs
+        if independent is None:
+            if wanted and self.rule.due(losses):
+                raise ValueError(
+                    f"{name} learns its weights from two batches that are independent of the one that moves the model: "
+                    "draw two more, and pass their losses as backward(losses, independent=(losses_a, losses_b))."
+                )
+            return []
+        if not wanted:
+            raise ValueError(f"{name} has no use for independent batches; leave `independent` out.")
+        if isinstance(independent, Tensor) or len(independent) != SAMPLES:
+            raise ValueError(f"independent must hold the losses of {SAMPLES} batches; got {len(independent)}.")
+        if not self.rule.due(losses):
+            return []
+        samples = [read_losses(sample, losses.tasks) for sample in independent]
+        nodes = [node for batch in (losses, *samples) if (node := node_of(batch.outputs[batch.present[0]])) is not None]
+        if len({*nodes}) < len(nodes):
+            raise ValueError("The same losses were passed twice: independent batches come from forwards of their own.")
+        if any(sample.present != losses.present for sample in samples):
+            raise ValueError("A task that is absent from one of the batches must be absent from all three.")
+        return samples
 
     def _prepare(self, losses: TaskLosses) -> None:
         """Finds the shared parameters, and lays them out anew where they have changed."""
         self.parameters.trace(losses)
         signature = tuple((id(p), p.dtype, p.device, p.shape, p.stride()) for p in self.parameters.shared)
-        if self._layout is None or signature != self._signature:
+        if not self._layouts or signature != self._signature:
             _check_local()
-            layout = Layout(self.parameters.blocks())
-            if layout.device != losses.values.device:
+            blocks = self.parameters.blocks()
+            samples = SAMPLES if Needs.CROSS in self.rule.method.needs else 0
+            layouts = [Layout(blocks) for _ in range(1 + samples)]
+            if layouts[0].device != losses.values.device:
                 raise ValueError(
-                    f"The losses sit on {losses.values.device} and the shared parameters on {layout.device}; move one "
-                    "to the other."
+                    f"The losses sit on {losses.values.device} and the shared parameters on {layouts[0].device}; move "
+                    "one to the other."
                 )
-            self._layout, self._signature = layout, signature
+            self._layouts, self._signature = layouts, signature
 
-    def _measure(self, losses: TaskLosses, grad_scale: Tensor | None) -> Measurement:
-        task_specific = self.parameters.task_specific()
-        return self.engine.measure(losses, self.layout, task_specific, grad_scale=grad_scale, held=self._held)
+    def _measure(self, batches: Sequence[TaskLosses], grad_scale: Tensor | None) -> list[Measurement]:
+        """Of the batch that moves the model, and of independent ones, of which heads learn nothing."""
+        task_specific, held = self.parameters.task_specific(), self._held or [None] * len(batches)
+        measured = []
+        for n, (losses, rows) in enumerate(zip(batches, held, strict=True)):
+            own = task_specific if n == 0 else []
+            measured.append(self.engine.measure(losses, self._layouts[n], own, grad_scale=grad_scale, held=rows))
+        return measured
 
-    def _hold(self, losses: TaskLosses, grad_scale: Tensor | None) -> StepInfo:
+    def _hold(self, batches: Sequence[TaskLosses], grad_scale: Tensor | None) -> StepInfo:
         """A micro-batch: into the rows, or between two solves of ``update_every`` straight into ``.grad``."""
+        losses = batches[0]
         if self._held_losses is None and self.rule.settled(losses):
             self._held_weights = self.rule.cached(count=False)
         if self._held_weights is not None:
             info = self._weighted(losses, self._held_weights, grad_scale)
         else:
-            self._held = self._measure(losses, grad_scale)
+            self._held = self._measure(batches, grad_scale)
             info = StepInfo(losses.tasks, losses.values, None, None, None, self.engine.name)
         self._held_losses = _add(self._held_losses, losses)
         self._held_scale = grad_scale
         return info
 
     @torch.no_grad()
-    def _apply(self, losses: TaskLosses, measured: Measurement, grad_scale: Tensor | None) -> StepInfo:
+    def _apply(self, losses: TaskLosses, measured: Sequence[Measurement], grad_scale: Tensor | None) -> StepInfo:
         # Under the caller's autocast the products of gradients would be rounded to half precision.
         with torch.autocast(losses.values.device.type, enabled=False):
             return self._operate(losses, measured, grad_scale)
 
-    def _operate(self, losses: TaskLosses, measured: Measurement, grad_scale: Tensor | None) -> StepInfo:
-        if Needs.COLUMNS in self.rule.method.needs:
-            measured.write_columns(self.rule.columns(losses))
-            return StepInfo(losses.tasks, losses.values, None, None, None, self.engine.name)
-        gramian = None
-        if Needs.GRAMIAN in self.rule.method.needs:
-            gramian = measured.gramian()
-            if grad_scale is not None:
-                gramian = gramian / grad_scale.double() ** 2
+    def _operate(self, losses: TaskLosses, measured: Sequence[Measurement], grad_scale: Tensor | None) -> StepInfo:
+        batch, *samples = measured
+        method, name = self.rule.method, self.engine.name
+        if Needs.COLUMNS in method.needs:
+            batch.write_columns(self.rule.columns(losses))
+            return StepInfo(losses.tasks, losses.values, None, None, None, name)
+        if isinstance(method, TrackedMethod):
+            return self._track(losses, batch, method, grad_scale)
+        gramian = batch.gramian() if Needs.GRAMIAN in method.needs else None
+        cross = samples[0].cross_gramian(samples[1]) if Needs.CROSS in method.needs else None
+        if grad_scale is not None:
+            gramian, cross = (None if G is None else G / grad_scale.double() ** 2 for G in (gramian, cross))
+        weights, diagnostics = self.rule.solve(losses, gramian, cross)
+        batch.write(weights, self._head_weights(weights, gramian, diagnostics))
+        return _info(losses, weights, gramian, diagnostics, name)
+
+    def _track(
+        self, losses: TaskLosses, measured: Measurement, method: TrackedMethod, grad_scale: Tensor | None
+    ) -> StepInfo:
+        """Solves for what the method makes of the rows, and remembers it as the direction is written."""
+        if self._tracked is None or self._tracked.layout is not self.layout:
+            self._tracked, self._remembered = Tracked(len(losses.tasks), self.layout, self.remembered()), []
+        track = self.rule.track(losses)
+        gramian = measured.gramian(self._tracked.measured(track, grad_scale))
         weights, diagnostics = self.rule.solve(losses, gramian)
-        measured.write(weights, _head_weights(weights, gramian) if self.rule.heads == "weighted" else None)
-        return _info(losses, weights, gramian, diagnostics, self.engine.name)
+        finite, gradients = weights.isfinite().all(), method.acts_on == "gradients"
+        rows = self._tracked.committed(track, grad_scale, finite, gradients=gradients)
+        measured.write(weights, self._head_weights(weights, gramian, diagnostics), rows)
+        return _info(losses, weights, None, diagnostics, self.engine.name)
+
+    def _head_weights(self, weights: Tensor, gramian: Tensor | None, diagnostics: dict[str, Tensor]) -> Tensor | None:
+        """(T,) of the task-specific parameters: the method's own, or the mean over the blocks that the losses reach;
+        None leaves them raw."""
+        own = diagnostics.pop("head_weights", None)
+        if self.rule.heads == "unweighted":
+            return None
+        if own is not None:
+            return torch.where(weights.isfinite().all(), own, torch.nan)
+        if len(weights) == 1 or gramian is None:
+            return weights.mean(dim=0)
+        reached = (gramian.diagonal(dim1=-2, dim2=-1) != 0).any(dim=-1).to(weights)
+        return reached @ weights / reached.sum().clamp(min=1)
 
     @torch.no_grad()
     def _next_weights(self, losses: TaskLosses) -> Tensor:
@@ -167,14 +258,6 @@ def _info(
 ) -> StepInfo:
     extra = dict(diagnostics)
     return StepInfo(losses.tasks, losses.values, weights, gramian, extra.pop("residual", None), engine, extra)
-
-
-def _head_weights(weights: Tensor, gramian: Tensor | None) -> Tensor:
-    """(T,) mean over the blocks that the losses reach."""
-    if len(weights) == 1 or gramian is None:
-        return weights.mean(dim=0)
-    reached = (gramian.diagonal(dim1=-2, dim2=-1) != 0).any(dim=-1).to(weights)
-    return reached @ weights / reached.sum().clamp(min=1)
 
 
 def _check_local() -> None:

@@ -1,10 +1,13 @@
 """Tiny multi-task models and losses for the tests."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gradsurgery import MTLOptimizer
+from gradsurgery import MTLOptimizer, get_method
+from gradsurgery.stats import Needs
 
 
 class Toy(nn.Module):
@@ -43,6 +46,16 @@ def jacobian(model: Toy, x: Tensor) -> Tensor:
 def optimizer(model: Toy, method: object = "cagrad", lr: float = 0.0, **options: object) -> MTLOptimizer:
     options.setdefault("shared_params", list(model.trunk.parameters()))
     return MTLOptimizer(torch.optim.SGD(model.parameters(), lr=lr), method, **options)  # pyright: ignore
+
+
+def independent(name: str, first: object, second: object) -> dict[str, Any]:
+    """The keyword that methods which learn from two independent batches ask for; nothing for the others."""
+    return {"independent": (first, second)} if Needs.CROSS in get_method(name).needs else {}
+
+
+def samples(model: Toy, name: str, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
+    """The same, of `Toy` on two batches made of x."""
+    return independent(name, *([scale * loss for loss in model.losses(y)] for y in (x.roll(1, 1), 1 - x)))
 
 
 def trunk_gradient(model: Toy) -> Tensor:

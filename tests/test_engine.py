@@ -3,11 +3,12 @@
 import collections
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
-from models import Toy, batch, flat, jacobian, optimizer, trunk_gradient
+from models import Toy, batch, flat, independent, jacobian, optimizer, samples, trunk_gradient
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,9 +26,11 @@ DRAWN_BY_COLUMN = [n for n in COLUMN_METHODS if get_method(n).randomized]
 def test_trunk_gradient_is_the_aggregate_of_the_jacobian(name: str) -> None:
     model, x = Toy(), batch()
     opt = optimizer(model, name, seed=5)
-    info = opt.backward(model.losses(x))
+    info = opt.backward(model.losses(x), **samples(model, name, x))
     losses = torch.stack(model.losses(x)).detach()
-    expected = aggregate(jacobian(model, x), name, losses=losses, generator=torch.Generator().manual_seed(5))
+    extra = independent(name, jacobian(model, x.roll(1, 1)), jacobian(model, 1 - x))
+    generator = torch.Generator().manual_seed(5)
+    expected = aggregate(jacobian(model, x), name, losses=losses, generator=generator, **extra)
     torch.testing.assert_close(trunk_gradient(model), expected)
     torch.testing.assert_close(info.losses, losses)
     if info.gramian is not None:
@@ -46,11 +49,13 @@ def test_head_policy(name: str, heads: str | None) -> None:
             optimizer(model, name, heads=heads)
         return
     opt = optimizer(model, name, heads=heads, seed=1)
-    info = opt.backward(model.losses(x))
+    info = opt.backward(model.losses(x), **samples(model, name, x))
     policy = heads or get_method(name).heads
     for t, head in enumerate(model.heads):
         raw = flat(torch.autograd.grad(model.losses(x)[t], list(head.parameters())))
         factor = info.weights[0, t] if policy == "weighted" else 1.0
+        if name == "db_mtl" and policy == "weighted":  # its heads take the gradients of log-losses
+            factor = 1 / info.losses[t]
         torch.testing.assert_close(flat([p.grad for p in head.parameters()]), factor * raw)
 
 
@@ -130,10 +135,10 @@ def test_a_stacked_loss_stays_out_of_the_other_heads() -> None:
 def test_backward_accumulates(name: str) -> None:
     model, x = Toy(), batch()
     fresh = copy.deepcopy(model)
-    optimizer(fresh, name, seed=0).backward(fresh.losses(x))
+    optimizer(fresh, name, seed=0).backward(fresh.losses(x), **samples(fresh, name, x))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer(model, name, seed=0).backward(model.losses(x))
+    optimizer(model, name, seed=0).backward(model.losses(x), **samples(model, name, x))
     for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad + 1)
 
@@ -157,25 +162,32 @@ def test_gradients_are_nobody_elses_memory() -> None:
             p.grad.fill_(float("nan"))
 
 
+def _named(name: str, keys: tuple[str, ...], others: Sequence[Sequence[Tensor | None]]) -> dict[str, Any]:
+    return independent(name, *(dict(zip(keys, losses, strict=True)) for losses in others)) if others else {}
+
+
 @pytest.mark.parametrize("name", list_methods())
 @pytest.mark.parametrize("form", ["none", "missing key"])
 def test_an_absent_task_drops_out_and_its_state_waits(name: str, form: str) -> None:
     model, x = Toy(), batch()
     opt = optimizer(model, name, seed=2)
     keys = ("a", "b", "c")
-    opt.backward(dict(zip(keys, model.losses(x), strict=True)))
+    others = samples(model, name, x).get("independent", ())
+    opt.backward(dict(zip(keys, model.losses(x), strict=True)), **_named(name, keys, others))
     before = {k: v.clone() for k, v in opt._surgery.rule._state.items()}
     opt.zero_grad()
     partial = dict(zip(keys, model.losses(x), strict=True))
     partial = {**partial, "b": None} if form == "none" else {k: v for k, v in partial.items() if k != "b"}
-    info = opt.backward(partial)
+    others = samples(model, name, x).get("independent", ())
+    info = opt.backward(partial, **_named(name, keys, [[a, None, c] for a, _, c in others]))
     assert info.weights is None if name in COLUMN_METHODS else info.weights[0, 1] == 0
     assert info.losses[1].isnan()
     assert all(p.grad is None for p in model.heads[1].parameters())
     for key, tensor in opt._surgery.rule._state.items():
         for axis in opt._surgery.rule.method.task_axes_of(key, tensor):
             assert torch.equal(tensor.select(axis, 1), before[key].select(axis, 1)), key
-    if Needs.LOSSES not in get_method(name).needs and not get_method(name).randomized:
+    needs = get_method(name).needs
+    if not needs & (Needs.LOSSES | Needs.CROSS | Needs.TRACKED) and not get_method(name).randomized:
         J = jacobian(model, x)[[0, 2]]
         torch.testing.assert_close(trunk_gradient(model), aggregate(J, name))
     if info.gramian is not None:
@@ -192,11 +204,11 @@ def test_accumulated_micro_batches_equal_the_batch(name: str, heads: str, blocks
     model, x = Toy(), batch(12)
     whole = copy.deepcopy(model)
     reference = optimizer(whole, name, heads=heads, blocks=blocks, seed=0)
-    reference.backward(whole.losses(x))
+    reference.backward(whole.losses(x), **samples(whole, name, x))
     opt = optimizer(model, name, heads=heads, blocks=blocks, seed=0)
     with opt.accumulate():
         for piece in x.split(4):
-            held = opt.backward([loss / 3 for loss in model.losses(piece)])
+            held = opt.backward([loss / 3 for loss in model.losses(piece)], **samples(model, name, piece, 1 / 3))
             assert held.weights is None
             assert all(p.grad is None for p in model.parameters())
     torch.testing.assert_close(opt.info.losses, reference.info.losses)

@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import gradsurgery
-from gradsurgery import get_method, list_methods
+from gradsurgery import get_method, list_methods, registry
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"gradsurgery": "gradsurgery", "architectures": "gradsurgery.architectures", "recipes": "gradsurgery.recipes"}
@@ -30,7 +31,8 @@ ARROWS: dict[str, set[str]] = {
     "functional": {"kernels", "methods", "registry", "stats"},
     "parameters": {"losses"},
     "rule": {"losses", "registry", "stats"},
-    "surgery": {"engines", "losses", "parameters", "registry", "rule", "stats"},
+    "tracked": {"engines"},
+    "surgery": {"engines", "losses", "parameters", "registry", "rule", "stats", "tracked"},
     "optimizer": {"engines", "losses", "parameters", "registry", "rule", "stats", "surgery"},
     "__init__": {"functional", "optimizer", "registry", "stats"},
     "architectures": set(),
@@ -120,13 +122,28 @@ def readme_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_readme_code_runs() -> None:
+def test_readme_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     blocks = readme_blocks()
-    assert blocks
     torch.manual_seed(0)
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
+    opt, model = scope["opt"], scope["model"]
+    for _ in range(3):
+        z = model[0](torch.randn(16, 4)).relu()
+        opt.step([(t + 1) * head(z).square().mean() for t, head in enumerate(model[1:])])
+    norms = opt.info.weights * opt._surgery.rule._state["norms"]
+    torch.testing.assert_close(norms[0, 0], norms[0, 1])
+    assert list_methods("even") == ["even"]
+    assert get_method("Even").hparams == {"beta": 0.9}
+
+
+def test_a_registered_method_of_the_readme_takes_under_twenty_lines() -> None:
+    (block,) = [block for block in readme_blocks() if "@register" in block]
+    start = block.index("@register")
+    end = block.index("\n\n\n", start)
+    assert len(block[start:end].splitlines()) < 20
 
 
 @pytest.mark.parametrize("path", sorted({*ROOT.glob("*.*"), *ROOT.glob(".ci/*")}), ids=lambda p: p.name)

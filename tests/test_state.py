@@ -10,7 +10,7 @@ import io
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from models import TASKS, Net, own_random_state  # noqa: F401  (an autouse fixture)
+from models import TASKS, Net, independent, own_random_state  # noqa: F401  (an autouse fixture)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -69,7 +69,8 @@ def train(model, opt, steps, start=0, form=lambda losses: losses):
     weights = []
     for i in range(start, start + steps):
         opt.zero_grad()
-        opt.step(form(losses_of(model, i)))
+        extra = independent(opt._surgery.rule.name, losses_of(model, 500 + i), losses_of(model, 900 + i))
+        opt.step(form(losses_of(model, i)), **extra)
         weights.append(values(model) if opt.info.weights is None else opt.info.weights.clone())
     return weights
 

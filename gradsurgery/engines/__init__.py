@@ -1,10 +1,10 @@
 """Engines: how per-task statistics are measured and weights applied. A new engine is one file and a line here."""
 
-from gradsurgery.engines.engine import Engine, Measurement
+from gradsurgery.engines.engine import Engine, Measurement, RowMap
 from gradsurgery.engines.sequential import Sequential
 from gradsurgery.registry import closest
 
-__all__ = ["ENGINES", "Engine", "Measurement", "Sequential", "make_engine"]
+__all__ = ["ENGINES", "Engine", "Measurement", "RowMap", "Sequential", "make_engine"]
 
 ENGINES: dict[str, type[Engine]] = {"sequential": Sequential}
 

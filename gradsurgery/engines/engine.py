@@ -6,24 +6,33 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradsurgery.engines.layout import Layout
+from gradsurgery.engines.layout import Layout, Piece
 from gradsurgery.losses import TaskLosses
+
+# What stands for the rows (T, n) of a piece of the parameters, given the task gradients (T, n) there.
+RowMap = Callable[[Piece, Tensor], Tensor]
 
 
 class Measurement(abc.ABC):
     """What an engine measured of one batch, or of several that were held."""
 
     @abc.abstractmethod
-    def gramian(self) -> Tensor:
-        """(B, T, T) float64 inner products of the task gradients; 0 in the rows of an absent task."""
+    def gramian(self, of: RowMap | None = None) -> Tensor:
+        """(B, T, T) float64 inner products of the task gradients, or of what stands for them; 0 in the rows of an
+        absent task."""
 
     @abc.abstractmethod
-    def write(self, weights: Tensor, head_weights: Tensor | None) -> None:
+    def cross_gramian(self, other: "Measurement") -> Tensor:
+        """(B, T, T) float64 inner products of the task gradients with those of another batch (second task axis)."""
+
+    @abc.abstractmethod
+    def write(self, weights: Tensor, head_weights: Tensor | None, of: RowMap | None = None) -> None:
         """Accumulates into ``.grad``, as ``loss.backward()`` does.
 
         Args:
             weights: (B, T), of the shared parameters, or (1, T) for the same in all blocks.
             head_weights: (T,), of the task-specific parameters; None leaves their gradients raw.
+            of: what the weights multiply; the task gradients if None. Called once a piece.
         """
 
     @abc.abstractmethod

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery import kernels
-from gradsurgery.engines.engine import Engine, Measurement
+from gradsurgery.engines.engine import Engine, Measurement, RowMap
 from gradsurgery.engines.layout import Layout, Piece
 from gradsurgery.losses import Output, TaskLosses
 
@@ -55,12 +55,24 @@ class Rows(Measurement):
                 self._filled[task] = True
         return self._rows
 
-    def gramian(self) -> Tensor:
-        return kernels.gramian(self._complete(), self._layout.bounds)
+    def gramian(self, of: RowMap | None = None) -> Tensor:
+        rows = self._complete()
+        if of is None:
+            return kernels.gramian(rows, self._layout.bounds)
+        total = torch.zeros(self._layout.blocks, len(rows), len(rows), dtype=torch.float64, device=rows.device)
+        for piece in self._layout.pieces:
+            total[piece.block] += kernels.block_gramian(of(piece, rows[:, piece.start : piece.stop]))
+        return total
 
-    def write(self, weights: Tensor, head_weights: Tensor | None) -> None:
+    def cross_gramian(self, other: Measurement) -> Tensor:
+        assert isinstance(other, Rows)
+        return kernels.gramian(self._complete(), self._layout.bounds, other._complete())
+
+    def write(self, weights: Tensor, head_weights: Tensor | None, of: RowMap | None = None) -> None:
         def combine(piece: Piece, rows: Tensor) -> Tensor:
             weight = weights[piece.block if len(weights) > 1 else 0]
+            if of is not None:
+                return kernels.combine_block(weight, of(piece, rows))
             return kernels.combine_block(weight, rows, self._layout.memory(piece, self._spare))
 
         self._write(combine, head_weights)

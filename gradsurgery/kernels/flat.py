@@ -18,29 +18,36 @@ STRIP = 1 << 22
 HALF = (torch.bfloat16, torch.float16)
 
 
-def gramian(jacobian: Tensor, bounds: Sequence[int]) -> Tensor:
+def gramian(jacobian: Tensor, bounds: Sequence[int], other: Tensor | None = None) -> Tensor:
     """Inner products of the rows of each block.
 
     Args:
         jacobian: (T, d), any floating dtype.
         bounds: B + 1 ascending column indices, from 0 to d.
+        other: (T, d), whose rows make the second axis; ``jacobian`` itself if None.
 
     Returns:
         (B, T, T) float64; accumulated in float32 at least within a chunk and in float64 across chunks. Rows in float32
         keep their digits for norms from about 1e-16 to 1e18, beyond which their squares leave its range.
     """
-    return torch.stack([_block_gramian(jacobian[:, start:stop]) for start, stop in pairwise(bounds)])
+    blocks = [slice(start, stop) for start, stop in pairwise(bounds)]
+    return torch.stack([block_gramian(jacobian[:, b], None if other is None else other[:, b]) for b in blocks])
 
 
-def _block_gramian(rows: Tensor) -> Tensor:
-    T, d = rows.shape
-    whole = d // CHUNK * CHUNK
+def block_gramian(rows: Tensor, others: Tensor | None = None) -> Tensor:
+    """Inner products (T, T) float64 of one block's rows (T, n) with those of others (T, n), or among themselves."""
+    whole = rows.shape[1] // CHUNK * CHUNK
     tail = _accumulable(rows[:, whole:])
-    total = (tail @ tail.mT).double()
+    total = (tail @ (tail if others is None else _accumulable(others[:, whole:])).mT).double()
     if whole:
-        chunks = _accumulable(rows[:, :whole].view(T, -1, CHUNK).transpose(0, 1))
-        total += torch.bmm(chunks, chunks.mT).double().sum(dim=0)
+        chunks = _chunks(rows[:, :whole])
+        against = chunks if others is None else _chunks(others[:, :whole])
+        total += torch.bmm(chunks, against.mT).double().sum(dim=0)
     return total
+
+
+def _chunks(rows: Tensor) -> Tensor:
+    return _accumulable(rows.view(len(rows), -1, CHUNK).transpose(0, 1))
 
 
 def _accumulable(rows: Tensor) -> Tensor:

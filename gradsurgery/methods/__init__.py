@@ -5,9 +5,11 @@ from gradsurgery.methods.cagrad import CAGrad
 from gradsurgery.methods.config import ConFIG
 from gradsurgery.methods.constant import Constant
 from gradsurgery.methods.cosmos import COSMOS
+from gradsurgery.methods.db_mtl import DBMTL
 from gradsurgery.methods.dualproj import DualProj
 from gradsurgery.methods.dwa import DWA
 from gradsurgery.methods.ew import EW
+from gradsurgery.methods.excess_mtl import ExcessMTL
 from gradsurgery.methods.fairgrad import FairGrad
 from gradsurgery.methods.famo import FAMO
 from gradsurgery.methods.gls import GLS
@@ -22,11 +24,14 @@ from gradsurgery.methods.imtl_l import IMTLL
 from gradsurgery.methods.krum import Krum
 from gradsurgery.methods.metabalance import MetaBalance
 from gradsurgery.methods.mgda import MGDA
+from gradsurgery.methods.moco import MoCo
+from gradsurgery.methods.modo import MoDo
 from gradsurgery.methods.nash_mtl import NashMTL
 from gradsurgery.methods.ntkmtl import NTKMTL
 from gradsurgery.methods.pbi import PBI
 from gradsurgery.methods.pcgrad import PCGrad
 from gradsurgery.methods.rlw import RLW
+from gradsurgery.methods.sdmgrad import SDMGrad
 from gradsurgery.methods.si import SI
 from gradsurgery.methods.stch import STCH
 from gradsurgery.methods.trimmed_mean import TrimmedMean
@@ -36,6 +41,7 @@ from gradsurgery.methods.uw_so import UWSO
 
 __all__ = [
     "COSMOS",
+    "DBMTL",
     "DWA",
     "EW",
     "FAMO",
@@ -57,6 +63,7 @@ __all__ = [
     "ConFIG",
     "Constant",
     "DualProj",
+    "ExcessMTL",
     "FairGrad",
     "GO4Align",
     "GradDrop",
@@ -64,8 +71,11 @@ __all__ = [
     "GradVac",
     "Krum",
     "MetaBalance",
+    "MoCo",
+    "MoDo",
     "NashMTL",
     "PCGrad",
+    "SDMGrad",
     "TrimmedMean",
     "UPGrad",
 ]
