@@ -53,7 +53,7 @@ def sdmgrad(
     Example:
         >>> import torch
         >>> from gradsurgery.functional import sdmgrad
-        >>> sdmgrad(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), lam=0.0, lr=0.5)
+        >>> sdmgrad(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), lam=0.0, lr=0.5, momentum=0.0)
         tensor([0.2000, 0.8000])
     """
     T = C.shape[-1]
