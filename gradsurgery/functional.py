@@ -31,6 +31,7 @@ from gradsurgery.methods.nash_mtl import nash_mtl
 from gradsurgery.methods.ntkmtl import ntkmtl
 from gradsurgery.methods.pbi import pbi
 from gradsurgery.methods.pcgrad import pcgrad
+from gradsurgery.methods.pivrg import pivrg
 from gradsurgery.methods.rlw import rlw
 from gradsurgery.methods.si import si
 from gradsurgery.methods.stch import stch
@@ -67,6 +68,7 @@ __all__ = [
     "ntkmtl",
     "pbi",
     "pcgrad",
+    "pivrg",
     "rlw",
     "si",
     "stch",

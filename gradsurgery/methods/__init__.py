@@ -26,6 +26,7 @@ from gradsurgery.methods.nash_mtl import NashMTL
 from gradsurgery.methods.ntkmtl import NTKMTL
 from gradsurgery.methods.pbi import PBI
 from gradsurgery.methods.pcgrad import PCGrad
+from gradsurgery.methods.pivrg import PIVRG
 from gradsurgery.methods.rlw import RLW
 from gradsurgery.methods.si import SI
 from gradsurgery.methods.stch import STCH
@@ -47,6 +48,7 @@ __all__ = [
     "MGDA",
     "NTKMTL",
     "PBI",
+    "PIVRG",
     "RLW",
     "SI",
     "STCH",
