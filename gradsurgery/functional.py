@@ -13,6 +13,7 @@ from gradsurgery.methods.config import config
 from gradsurgery.methods.cosmos import cosmos
 from gradsurgery.methods.dualproj import dualproj
 from gradsurgery.methods.dwa import dwa
+from gradsurgery.methods.epo import epo
 from gradsurgery.methods.fairgrad import fairgrad
 from gradsurgery.methods.famo import famo
 from gradsurgery.methods.gls import gls
@@ -50,6 +51,7 @@ __all__ = [
     "cosmos",
     "dualproj",
     "dwa",
+    "epo",
     "fairgrad",
     "famo",
     "gls",

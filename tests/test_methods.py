@@ -56,7 +56,11 @@ def oracle(name: str) -> ModuleType:
 
 def sees_gradients(name: str) -> bool:
     """Whether the oracle goes from a matrix alone to a direction: others are tested apart."""
-    return name not in COLUMN_METHODS and hasattr(oracle(name), "direction")
+    return (
+        name not in COLUMN_METHODS
+        and hasattr(oracle(name), "direction")
+        and "losses" not in inspect.signature(oracle(name).direction).parameters
+    )
 
 
 def solvable(name: str, zoo: str) -> bool:

@@ -7,6 +7,7 @@ from gradsurgery.methods.constant import Constant
 from gradsurgery.methods.cosmos import COSMOS
 from gradsurgery.methods.dualproj import DualProj
 from gradsurgery.methods.dwa import DWA
+from gradsurgery.methods.epo import EPO
 from gradsurgery.methods.ew import EW
 from gradsurgery.methods.fairgrad import FairGrad
 from gradsurgery.methods.famo import FAMO
@@ -38,6 +39,7 @@ from gradsurgery.methods.uw_so import UWSO
 __all__ = [
     "COSMOS",
     "DWA",
+    "EPO",
     "EW",
     "FAMO",
     "GLS",
