@@ -10,6 +10,7 @@ from gradsurgery import kernels
 from gradsurgery.methods.aligned_mtl import aligned_mtl
 from gradsurgery.methods.cagrad import cagrad
 from gradsurgery.methods.config import config
+from gradsurgery.methods.conicgrad import conicgrad
 from gradsurgery.methods.cosmos import cosmos
 from gradsurgery.methods.dualproj import dualproj
 from gradsurgery.methods.dwa import dwa
@@ -48,6 +49,7 @@ __all__ = [
     "aligned_mtl",
     "cagrad",
     "config",
+    "conicgrad",
     "cosmos",
     "dualproj",
     "dwa",

@@ -25,6 +25,7 @@ ZOO = {name: torch.from_numpy(J) for name, J in matrices.zoo().items()}
 HPARAMS: dict[str, list[dict[str, Any]]] = {
     "mgda": [{}, {"normalization": "l2"}],
     "cagrad": [{}, {"c": 0.9, "rescale": 0, "scale": "mean"}, {"c": 0.0}, {"c": 3.0, "rescale": 2}],
+    "conicgrad": [{}, {"c": 0.0}, {"c": 0.9}, {"c": 1.0}],
 }
 METHODS = list_methods()
 COLUMN_METHODS = list_methods(needs=Needs.COLUMNS)

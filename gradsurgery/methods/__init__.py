@@ -3,6 +3,7 @@
 from gradsurgery.methods.aligned_mtl import AlignedMTL
 from gradsurgery.methods.cagrad import CAGrad
 from gradsurgery.methods.config import ConFIG
+from gradsurgery.methods.conicgrad import ConicGrad
 from gradsurgery.methods.constant import Constant
 from gradsurgery.methods.cosmos import COSMOS
 from gradsurgery.methods.dualproj import DualProj
@@ -59,6 +60,7 @@ __all__ = [
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
+    "ConicGrad",
     "Constant",
     "DualProj",
     "FairGrad",
