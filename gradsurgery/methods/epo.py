@@ -2,7 +2,7 @@
 
 Mahapatra, Rajan. ICML 2020. https://proceedings.mlr.press/v119/mahapatra20a.html, algorithm 1 in the form of the
 authors' code, https://github.com/dbmptr/EPOSearch. It seeks the Pareto optimum at which all r_i L_i are equal. With
-l = r L / sum(r L), the non-uniformity mu = sum l log(T l) and a = r (log(T l) - mu), along whose gradient mu falls:
+l = r L / sum(r L), the non-uniformity mu = sum l log(T l), and its gradient in L up to a factor, a = r (log(T l) - mu):
 
 - balance, mu > 1e-4: alpha on the simplex maximises alpha.G a where the tasks of largest r L may not ascend, the others
   not faster than under a; if G a > 0 for no task, none may ascend;
