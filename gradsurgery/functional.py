@@ -10,10 +10,12 @@ from gradsurgery import kernels
 from gradsurgery.methods.aligned_mtl import aligned_mtl
 from gradsurgery.methods.cagrad import cagrad
 from gradsurgery.methods.config import config
+from gradsurgery.methods.conicgrad import conicgrad
 from gradsurgery.methods.cosmos import cosmos
 from gradsurgery.methods.db_mtl import db_mtl
 from gradsurgery.methods.dualproj import dualproj
 from gradsurgery.methods.dwa import dwa
+from gradsurgery.methods.epo import epo
 from gradsurgery.methods.excess_mtl import excess_mtl
 from gradsurgery.methods.fairgrad import fairgrad
 from gradsurgery.methods.famo import famo
@@ -35,6 +37,7 @@ from gradsurgery.methods.nash_mtl import nash_mtl
 from gradsurgery.methods.ntkmtl import ntkmtl
 from gradsurgery.methods.pbi import pbi
 from gradsurgery.methods.pcgrad import pcgrad
+from gradsurgery.methods.pivrg import pivrg
 from gradsurgery.methods.rlw import rlw
 from gradsurgery.methods.sdmgrad import sdmgrad
 from gradsurgery.methods.si import si
@@ -51,10 +54,12 @@ __all__ = [
     "aligned_mtl",
     "cagrad",
     "config",
+    "conicgrad",
     "cosmos",
     "db_mtl",
     "dualproj",
     "dwa",
+    "epo",
     "excess_mtl",
     "fairgrad",
     "famo",
@@ -76,6 +81,7 @@ __all__ = [
     "ntkmtl",
     "pbi",
     "pcgrad",
+    "pivrg",
     "rlw",
     "sdmgrad",
     "si",

@@ -26,6 +26,7 @@ ZOO = {name: torch.from_numpy(J) for name, J in matrices.zoo().items()}
 HPARAMS: dict[str, list[dict[str, Any]]] = {
     "mgda": [{}, {"normalization": "l2"}],
     "cagrad": [{}, {"c": 0.9, "rescale": 0, "scale": "mean"}, {"c": 0.0}, {"c": 3.0, "rescale": 2}],
+    "conicgrad": [{}, {"c": 0.0}, {"c": 0.9}, {"c": 1.0}],
 }
 METHODS = list_methods()
 COLUMN_METHODS = list_methods(needs=Needs.COLUMNS)
@@ -59,7 +60,11 @@ def oracle(name: str) -> ModuleType:
 
 def sees_gradients(name: str) -> bool:
     """Whether the oracle goes from a matrix alone to a direction: others are tested apart."""
-    return name not in COLUMN_METHODS and hasattr(oracle(name), "direction")
+    return (
+        name not in COLUMN_METHODS
+        and hasattr(oracle(name), "direction")
+        and "losses" not in inspect.signature(oracle(name).direction).parameters
+    )
 
 
 def solvable(name: str, zoo: str) -> bool:

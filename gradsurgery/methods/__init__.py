@@ -3,11 +3,13 @@
 from gradsurgery.methods.aligned_mtl import AlignedMTL
 from gradsurgery.methods.cagrad import CAGrad
 from gradsurgery.methods.config import ConFIG
+from gradsurgery.methods.conicgrad import ConicGrad
 from gradsurgery.methods.constant import Constant
 from gradsurgery.methods.cosmos import COSMOS
 from gradsurgery.methods.db_mtl import DBMTL
 from gradsurgery.methods.dualproj import DualProj
 from gradsurgery.methods.dwa import DWA
+from gradsurgery.methods.epo import EPO
 from gradsurgery.methods.ew import EW
 from gradsurgery.methods.excess_mtl import ExcessMTL
 from gradsurgery.methods.fairgrad import FairGrad
@@ -30,6 +32,7 @@ from gradsurgery.methods.nash_mtl import NashMTL
 from gradsurgery.methods.ntkmtl import NTKMTL
 from gradsurgery.methods.pbi import PBI
 from gradsurgery.methods.pcgrad import PCGrad
+from gradsurgery.methods.pivrg import PIVRG
 from gradsurgery.methods.rlw import RLW
 from gradsurgery.methods.sdmgrad import SDMGrad
 from gradsurgery.methods.si import SI
@@ -43,6 +46,7 @@ __all__ = [
     "COSMOS",
     "DBMTL",
     "DWA",
+    "EPO",
     "EW",
     "FAMO",
     "GLS",
@@ -53,6 +57,7 @@ __all__ = [
     "MGDA",
     "NTKMTL",
     "PBI",
+    "PIVRG",
     "RLW",
     "SI",
     "STCH",
@@ -61,6 +66,7 @@ __all__ = [
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
+    "ConicGrad",
     "Constant",
     "DualProj",
     "ExcessMTL",

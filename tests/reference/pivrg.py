@@ -1,4 +1,4 @@
-"""Towards Consistent Multi-Task Learning: performance-informed variance reduction gradient aggregation (PIVRG).
+"""Revisiting Fairness in Multitask Learning: A Performance-Driven Approach for Variance Reduction (PIVRG).
 
 Xiaohan Qin, Xiaoxing Wang, Junchi Yan. CVPR 2025; code: jianke0604/MTLlib. w > 0 with J J^T w = (s / w)^(1/2), where
 s = T softmax(D / tau) and tau = max((max D - min D) / log(bound), min_temperature): the weaker a task, the larger its
