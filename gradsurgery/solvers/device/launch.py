@@ -13,8 +13,8 @@ def block_of(T: int) -> int:
 
 
 def warps_of(block: int) -> int:
-    """Warps for a tile: one up to 16 x 16, which then needs no barrier."""
-    return max(1, min(16, block * block // 512))
+    """Warps for a tile: one up to 16 x 16, which then needs no barrier. From 64 x 64 on registers spill."""
+    return max(1, min(32, block * block // 256))
 
 
 def launch(kernel: Any, gramian: Tensor, *outputs_and_inputs: Tensor, programs: int = 1, **constants: Any) -> None:

@@ -35,13 +35,13 @@ def solve_passive(matrix, inverse, q, linear, passive, T, BLOCK: tl.constexpr):
     x = tl.where(basis, times(M, tl.where(basis, linear, 0.0)), 0.0)
     slack = linear
     gradient = linear
-    # Two refinements, since an inverse loses digits where H is nearly singular, and the two products wanted: in one
+    # Four refinements, since an inverse loses digits where H is nearly singular, and the two products wanted: in one
     # loop, whose length the compiler cannot know, so that it stays one.
-    for turn in range(tl.where(T > 0, 4, 0)):
-        v = tl.where(turn < 3, x, tl.maximum(x, 0.0))
+    for turn in range(tl.where(T > 0, 6, 0)):
+        v = tl.where(turn < 5, x, tl.maximum(x, 0.0))
         gradient = times(load_hessian(matrix, inverse, q, T, BLOCK), v) - linear
-        slack = tl.where(turn < 3, gradient, slack)
-        x -= tl.where(basis & (turn < 2), times(M, tl.where(basis, gradient, 0.0)), 0.0)
+        slack = tl.where(turn < 5, gradient, slack)
+        x -= tl.where(basis & (turn < 4), times(M, tl.where(basis, gradient, 0.0)), 0.0)
     return x, slack, basis, gradient
 
 

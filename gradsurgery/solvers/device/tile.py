@@ -94,7 +94,8 @@ def factor(M, diagonal, wanted, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     basis = wanted & (i < 0)
     pivot = tl.max(tl.where(wanted, diagonal, 0.0), axis=0)
-    while pivot > PIVOT:
+    step = 0
+    while (pivot > PIVOT) & (step < BLOCK):
         k = first(wanted & (basis == 0) & (diagonal == pivot), BLOCK)
         column = tl.sum(tl.where(i[None, :] == k, M, 0.0), axis=1)
         # Pivoting keeps the tile symmetric, but for the sign between a row in the basis and one outside.
@@ -105,5 +106,6 @@ def factor(M, diagonal, wanted, BLOCK: tl.constexpr):
         row = tl.where(i == k, (pivot - 1.0) / pivot, row)
         M = M - column[:, None] * row[None, :]
         basis = basis | (i == k)
+        step += 1
         pivot = tl.max(tl.where(wanted & (basis == 0), diagonal, 0.0), axis=0)
     return M, basis
