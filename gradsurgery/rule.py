@@ -242,7 +242,9 @@ class Rule:
         present = losses.present
         if len(present) == len(losses.tasks):
             return None, losses.values, self._state
-        index = torch.tensor(present, device=losses.values.device)
+        # Made of pieces that are on the device: a list that is copied there makes the host wait.
+        everyone = torch.arange(len(losses.tasks), device=losses.values.device)
+        index = torch.stack([everyone[t] for t in present])
         return index, losses.values[index], {key: self._take(key, value, index) for key, value in self._state.items()}
 
     def _take(self, key: str, tensor: Tensor, index: Tensor) -> Tensor:

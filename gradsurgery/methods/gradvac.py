@@ -17,6 +17,7 @@ from torch import Generator, Tensor, device, dtype
 
 from gradsurgery.methods.pcgrad import draw_orders
 from gradsurgery.registry import Method, State, register
+from gradsurgery.solvers.accelerator import gradvac_visits, has_kernel
 from gradsurgery.stats import Needs, Stats
 
 MAX_TARGET = 1 - 1e-6
@@ -50,6 +51,8 @@ def gradvac(
 
 
 def _gradvac(G: Tensor, target: Tensor, orders: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    if has_kernel(G) and not (G.requires_grad or target.requires_grad):
+        return gradvac_visits(G, target, orders, beta)
     identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     coefficients = identity.expand(G.shape)
     norm = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, device, dtype
 
 from gradsurgery.registry import Method, State, register
+from gradsurgery.solvers.accelerator import has_kernel, pcgrad_visits
 from gradsurgery.stats import Needs, Stats
 
 
@@ -39,6 +40,8 @@ def pcgrad(G: Tensor, orders: Tensor | None = None, *, generator: Generator | No
     T = G.shape[-1]
     if orders is None:
         orders = draw_orders(T, generator, G.device)
+    if has_kernel(G) and not G.requires_grad:
+        return pcgrad_visits(G, orders)
     square = G.diagonal(dim1=-2, dim2=-1)
     # Column j is divided by |g_j|^2, so that the inner products are the steps; nothing is projected off a zero row.
     relative = G / square.where(square > 0, torch.inf).unsqueeze(-2)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsurgery.solvers.accelerator import on_device
+
 Body = Callable[..., tuple[np.ndarray, np.ndarray]]
 Scalar = Callable[..., tuple[list[float], float] | None]
 
@@ -19,8 +21,9 @@ def solver(
 ) -> Callable[[Body], Callable[..., tuple[Tensor, Tensor]]]:
     """Decorator: ``body(gramian (N, T, T), *others)`` in float64 NumPy -> ``(solution (N, T), residual (N,))``.
 
-    The operator takes float64 tensors on any device, ``gramian (..., T, T)`` first; on an accelerator the T x T
-    problems make a round trip to the host. It is not differentiable: backward through it raises.
+    The operator takes float64 tensors on any device, ``gramian (..., T, T)`` first; on CUDA they go to the
+    kernel of that name in `gradsurgery.solvers.device`, and without Triton the T x T problems make a round trip to the
+    host. It is not differentiable: backward through it raises.
 
     Args:
         name: operator name, without the namespace.
@@ -51,6 +54,7 @@ def solver(
         qualified = f"gradsurgery::{name}"
         _LIBRARY.define(f"{name}{schema} -> (Tensor, Tensor)")
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, on_device(name, run), "CUDA")
         torch.library.register_fake(qualified, fake, lib=_LIBRARY)
         torch.library.register_autograd(qualified, backward, lib=_LIBRARY)
         return getattr(torch.ops.gradsurgery, name).default
