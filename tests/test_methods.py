@@ -141,6 +141,16 @@ def test_preference_oracle(name: str, zoo: str) -> None:
     assert_close(u, torch.from_numpy(expected), J, rtol=1e-7)
 
 
+@pytest.mark.parametrize("normalization", ["loss", "loss+"])
+def test_mgda_normalised_by_losses(normalization: str) -> None:
+    J, losses = ZOO["random_5"], torch.tensor([0.2, 3.0, 1.0, 7.0, 0.05]).double()
+    size = losses if normalization == "loss" else losses * J.norm(dim=1)
+    w = torch.from_numpy(oracle("mgda").weights((J / size[:, None]).numpy()))
+    u = direction("mgda", J, losses=losses, normalization=normalization)
+    assert_close(u, w @ J, J)
+    assert direction("mgda", J, losses=0 * losses, normalization=normalization).isfinite().all()
+
+
 def test_famo_oracle() -> None:
     rng = np.random.default_rng(0)
     ours, reference = build_method("famo", {"lr": 0.1, "weight_decay": 0.01}), famo_reference.Famo(4, 0.1, 0.01)

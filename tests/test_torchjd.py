@@ -59,6 +59,12 @@ def test_aggregators(name: str, zoo: str) -> None:
     torch.testing.assert_close(u, expected, rtol=1e-4, atol=1e-4 * float(J.norm(dim=1).max()))
 
 
+def test_config_with_a_preference() -> None:
+    J, p = ZOO["random_5"], torch.tensor([0.5, 2.0, 1.0, 1.0, 3.0]).double()
+    theirs = aggregation.ConFIG(pref_vector=p)(J)
+    torch.testing.assert_close(aggregate(J, "config", preference=tuple(p.tolist())), theirs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scale", ["min", "median", "rmse"])
 @pytest.mark.parametrize("zoo", [*BENIGN, "duplicate_rows"])
 def test_aligned_mtl(zoo: str, scale: str) -> None:

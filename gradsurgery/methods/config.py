@@ -13,16 +13,18 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, device, dtype
 
+from gradsurgery.methods.preference import Preference, check_preference, preference_state
 from gradsurgery.methods.spectral import equalizer, inverse_norms
 from gradsurgery.registry import Method, State, register
 from gradsurgery.stats import Needs, Stats
 
 
-def config(G: Tensor) -> Tensor:
+def config(G: Tensor, *, preference: Tensor | None = None) -> Tensor:
     """Weights of the direction with equal projections on all unit gradients, as long as the gradients project on it.
 
     Args:
         G: (..., T, T) Gramians.
+        preference: (T,) positive, the projections on the unit gradients, up to scale; equal if None.
 
     Returns:
         w (..., T), of either sign. 0 for a zero row, and for all tasks where the unit gradients cancel out.
@@ -35,7 +37,8 @@ def config(G: Tensor) -> Tensor:
         >>> config(torch.tensor([[9.0, 0.0], [0.0, 1.0]]))
         tensor([0.6667, 2.0000])
     """
-    x, projection = equalizer(G.double())
+    p = G.new_ones(G.shape[-1]) if preference is None else preference
+    x, projection = equalizer(G.double(), (p / p.mean()).double())
     norm = G.double().diagonal(dim1=-2, dim2=-1).sqrt()
     square = (x * projection).sum(dim=-1, keepdim=True)
     length = (norm * projection).sum(dim=-1, keepdim=True)
@@ -52,15 +55,23 @@ def config(G: Tensor) -> Tensor:
 )
 @dataclass(frozen=True)
 class ConFIG(Method):
-    """Equal projections on all unit gradients, with the length that the raw gradients project on that direction."""
+    """Equal projections on all unit gradients, with the length that the raw gradients project on that direction.
+
+    Args:
+        preference: T positive projections instead, up to scale.
+    """
 
     needs: ClassVar[Needs] = Needs.GRAMIAN
+    preference: Preference = None
+
+    def __post_init__(self) -> None:
+        check_preference(self.preference)
 
     def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:
-        return {}
+        return preference_state(self.preference, T, dtype=dtype, device=device)
 
     def weights(
         self, stats: Stats, state: State, generator: Generator | None
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         assert stats.gramian is not None
-        return config(stats.gramian), state, {}
+        return config(stats.gramian, preference=state["preference"]), state, {}

@@ -40,7 +40,7 @@ def imtl_g(G: Tensor) -> Tensor:
         >>> imtl_g(torch.tensor([[9.0, 0.0], [0.0, 1.0]]))
         tensor([0.2500, 0.7500])
     """
-    x, _ = equalizer(G.double())
+    x, _ = equalizer(G.double(), G.new_ones(G.shape[-1]).double())
     v = x * inverse_norms(G.double())
     total, size = v.sum(dim=-1, keepdim=True), v.abs().sum(dim=-1, keepdim=True)
     total = torch.where(total > GUARD * size, total, size)

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, device, dtype
 
+from gradsurgery.methods.hparams import positive
 from gradsurgery.registry import Method, State, register
 from gradsurgery.solvers import min_norm
 from gradsurgery.stats import Needs, Stats
@@ -27,7 +28,7 @@ def mgda(G: Tensor, *, normalization: Normalization = "none", losses: Tensor | N
         G: (..., T, T) Gramians.
         normalization: what each gradient is divided by while the weights are sought: nothing, its norm, its loss, or
             both.
-        losses: (T,) positive, for ``"loss"`` and ``"loss+"``.
+        losses: (T,), for ``"loss"`` and ``"loss+"``; one under 1e-8 counts as 1e-8.
 
     Returns:
         w (..., T) on the simplex.
@@ -54,7 +55,7 @@ def _mgda(G: Tensor, normalization: Normalization, losses: Tensor | None) -> tup
     if normalization in ("loss", "loss+"):
         if losses is None:
             raise ValueError(f"normalization={normalization!r} divides by the losses; pass losses= (T,).")
-        scale = scale * losses.to(G.dtype)
+        scale = scale * positive(losses).to(G.dtype)
     w, residual = min_norm(G / scale.unsqueeze(-1) / scale.unsqueeze(-2))
     return w, residual
 

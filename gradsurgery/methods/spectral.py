@@ -15,18 +15,19 @@ def eigen(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, vectors, values > RTOL * values[..., -1:]
 
 
-def equalizer(G: Tensor) -> tuple[Tensor, Tensor]:
-    """The combination of the unit gradients that has equal projections on them all, as nearly as they allow.
+def equalizer(G: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The combination of the unit gradients that has given projections on them, as nearly as they allow.
 
     Args:
         G: (..., T, T) float64 Gramians, C its cosines.
+        wanted: (T,) projections p, of the order of 1.
 
     Returns:
-        x = C^+ 1 (..., T), 0 for a zero row, and the projections C x (..., T): 1 each where the unit gradients are
+        x = C^+ p (..., T), 0 for a zero row, and the projections C x (..., T): p where the unit gradients are
         independent, or agree as duplicates do. Both are 0 where the unit gradients cancel out.
     """
     values, vectors, kept = eigen(cosines(G))
-    component = torch.where(kept, vectors.sum(dim=-2), 0.0)
+    component = torch.where(kept, vectors.mT @ wanted, 0.0)
     component = torch.where(component.abs() > 1e-10, component, 0.0)
     x = vectors @ (component / torch.where(kept, values, 1.0)).unsqueeze(-1)
     projection = vectors @ component.unsqueeze(-1)

@@ -67,11 +67,11 @@ def residual(J: np.ndarray, w: np.ndarray, alpha: float = 2.0) -> float:
     return float(np.abs(w ** (1 / alpha) * (J @ (w @ J)) - 1).max())
 
 
-def weights(J: np.ndarray, alpha: float = 2.0) -> np.ndarray:
-    """(T,) w > 0 with J J^T w = w^(-1/alpha). ValueError if 0 is in the convex hull of the rows of J (T, d)."""
-    return solve(J, alpha, np.ones(len(J)))
+def weights(J: np.ndarray, alpha: float = 2.0, preference: np.ndarray | None = None) -> np.ndarray:
+    """(T,) w > 0 with J J^T w = (p / w)^(1/alpha), p ones unless given. ValueError if 0 is in the rows' convex hull."""
+    return solve(J, alpha, np.ones(len(J)) if preference is None else np.asarray(preference))
 
 
-def direction(J: np.ndarray, alpha: float = 2.0) -> np.ndarray:
+def direction(J: np.ndarray, alpha: float = 2.0, preference: np.ndarray | None = None) -> np.ndarray:
     """(d,) weights @ J."""
-    return weights(J, alpha) @ np.asarray(J, dtype=np.float64)
+    return weights(J, alpha, preference) @ np.asarray(J, dtype=np.float64)
