@@ -59,6 +59,21 @@ def test_head_policy(name: str, heads: str | None) -> None:
         torch.testing.assert_close(flat([p.grad for p in head.parameters()]), factor * raw)
 
 
+@pytest.mark.parametrize("name", ["nash_mtl", "fairgrad", "mgda", "cagrad", "upgrad", "dualproj", "conicgrad", "epo"])
+def test_info_tells_how_well_the_weights_are_solved_for(name: str) -> None:
+    model, x = Toy(tasks=2), batch()
+    opt = optimizer(model, name)
+    assert opt.backward(model.losses(x)).residual <= 1e-8
+    first = model.losses(x)[0]
+    opt.zero_grad()
+    info = opt.backward([model.losses(x)[0], -first + 20])  # exactly opposed: no bargain, and nothing to gain
+    assert (info.residual > 1e-8) == (name in ("nash_mtl", "fairgrad"))
+    gradient = trunk_gradient(model)
+    assert gradient.isfinite().all()
+    if name != "epo":  # whose losses differ: it balances them
+        assert gradient.norm() <= 1e-9 * jacobian(model, x)[0].norm()
+
+
 @pytest.mark.parametrize("blocks", ["model", "tensor", "module", "lists"])
 def test_blocks(blocks: str) -> None:
     model, x = Toy(), batch()

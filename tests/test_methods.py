@@ -19,7 +19,7 @@ from gradsurgery.losses import TaskLosses
 from gradsurgery.methods.pcgrad import draw_orders
 from gradsurgery.registry import GUARANTEES, Method, build_method, register
 from gradsurgery.rule import Rule
-from gradsurgery.solvers import cagrad_multipliers, dual_cone, min_norm, nash
+from gradsurgery.solvers import cagrad_multipliers, conic, dual_cone, dual_projection, fair, min_norm, nash
 from gradsurgery.stats import Needs, Stats
 
 ZOO = {name: torch.from_numpy(J) for name, J in matrices.zoo().items()}
@@ -301,7 +301,10 @@ def test_solvers_reach_their_residual(zoo: str, scale: float) -> None:
     solved = [
         min_norm(G),
         dual_cone(G, ones),
+        dual_projection(G, ones),
         nash(G, ones),
+        *(fair(G, ones, alpha) for alpha in (0.5, 2.0)),
+        *(conic(G, c) for c in (0.2, 0.5, 0.9)),
         *(cagrad_multipliers(G, ones / T, c) for c in (0.1, 0.4, 5.0)),
     ]
     for w, residual in solved:
@@ -316,12 +319,13 @@ def test_many_tasks(T: int, spread: float) -> None:
     J = torch.from_numpy(rng.standard_normal((T, 2 * T)) * spread ** rng.uniform(-0.5, 0.5, (T, 1)))
     J = J - 0.9 * J.mean(dim=0)
     G, ones = J @ J.T, torch.ones(T, dtype=torch.float64)
-    for _, residual in (min_norm(G), dual_cone(G, ones), cagrad_multipliers(G, ones / T, 0.4)):
+    exact = (min_norm(G), dual_cone(G, ones), dual_projection(G, ones), cagrad_multipliers(G, ones / T, 0.4))
+    for _, residual in (*exact, conic(G, 0.5)):
         assert residual <= 1e-8
-    w, residual = nash(G, ones)
-    # At a spread of 1e4 these rows are within 1e-4 of Pareto stationary: G's own rounding is felt w^2-fold.
-    assert residual <= max(1e-8, 4 * torch.finfo(torch.float64).eps * T * (w.square() * G.diagonal()).max())
-    assert residual <= 1e-6
+    for w, residual in (nash(G, ones), fair(G, ones, 2.0)):
+        # At a spread of 1e4 these rows are within 1e-4 of Pareto stationary: G's own rounding is felt w^2-fold.
+        assert residual <= max(1e-8, 4 * torch.finfo(torch.float64).eps * T * (w.square() * G.diagonal()).max())
+        assert residual <= 1e-6
 
 
 def test_nash_says_that_there_is_no_bargain() -> None:
