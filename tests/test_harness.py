@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics import MeanSquaredError
 
+from gradsurgery import list_methods
 from gradsurgery.architectures import HPS
 from gradsurgery.recipes.harness import (
     Benchmark,
@@ -118,6 +119,7 @@ def test_an_epoch_is_a_permutation_and_starts_anywhere() -> None:
     assert list(data.epoch_batches(10, 4, seed=3, epoch=2, start=1)) == whole[1:]
     assert list(data.epoch_batches(10, 4, seed=3, epoch=3)) != whole
     assert list(data.epoch_batches(10, 4, seed=4, epoch=2)) != whole
+    assert list(data.epoch_batches(10, 4, seed=3, epoch=2, draw=1)) != whole
 
 
 class Waves(Dataset[tuple[Tensor, dict[str, Tensor]]]):
@@ -200,10 +202,10 @@ def stopping_after(benchmark: Benchmark, calls: int) -> Benchmark:
     return replace(benchmark, tasks=benchmark.tasks | {"sine": replace(benchmark.tasks["sine"], loss=loss)})  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("method", ["famo", "nash_mtl"])
+@pytest.mark.parametrize("method", ["famo", "nash_mtl", "dwa", "modo", "moco"])
 @pytest.mark.parametrize("calls", [3, 8, 13])
 def test_a_stopped_run_resumes_exactly(tmp_path: Path, method: str, calls: int) -> None:
-    surgery = Surgery(method, update_every=2)
+    surgery = Surgery(method, update_every=2 if method in ("famo", "nash_mtl") else 1)
     train(waves(), surgery, tmp_path / "whole", seed=5)
     with pytest.raises(Stop):
         train(stopping_after(waves(), calls), surgery, tmp_path / "parts", seed=5, checkpoint_every=2)
@@ -293,6 +295,21 @@ def test_surgery_by_blocks(tmp_path: Path) -> None:
         benchmark = replace(waves(), epochs=1, shared=HPS.shared_parameters)
         run, _ = train(benchmark, Surgery("cagrad", blocks=blocks), tmp_path / blocks)
         assert {"weight/sine", "weight/square", "cosine/sine, square"} <= run.trace[-1].keys()
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_every_method_trains(tmp_path: Path, method: str) -> None:
+    run, model = train(replace(waves(), epochs=1), Surgery(method), tmp_path / method)
+    assert run.epoch == 1
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_methods_that_go_by_epochs_hear_of_them(tmp_path: Path) -> None:
+    run, _ = train(waves(), Surgery("dwa"), tmp_path / "dwa")
+    weights = [row["weight/sine"] for row in run.trace]
+    steps = len(weights) // 3
+    assert set(weights[: 2 * steps]) == {1.0}
+    assert set(weights[2 * steps :]).isdisjoint({1.0})
 
 
 def test_hparams_reach_the_methods_that_have_them(tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ def steps_per_epoch(benchmark: Benchmark) -> int:
     return -(-size(benchmark.train) // benchmark.batch_size)
 
 
-def epoch_batches(n: int, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (epoch, index) from step `start` on: a permutation of range(n) that (seed, epoch) decide."""
-    order = np.random.default_rng([_ORDER, seed, epoch]).permutation(n).tolist()
+def epoch_batches(
+    n: int, batch_size: int, *, seed: int, epoch: int, start: int = 0, draw: int = 0
+) -> Iterator[list[tuple[int, int]]]:
+    """Batches of (epoch, index) from step `start` on: a permutation of range(n) that (seed, epoch, draw) decide."""
+    order = np.random.default_rng([_ORDER, seed, epoch, *_extra(draw)]).permutation(n).tolist()
     for first in range(start * batch_size, n, batch_size):
         yield [(epoch, index) for index in order[first : first + batch_size]]
 
@@ -33,23 +35,27 @@ def epoch_batches(n: int, batch_size: int, *, seed: int, epoch: int, start: int 
 class _Augmented(Dataset[Sample]):
     """Items by (epoch, index), so that worker processes need no news of the epoch."""
 
-    def __init__(self, benchmark: Benchmark, seed: int) -> None:
-        self.data, self.augment, self.seed = benchmark.train, benchmark.augment, seed
+    def __init__(self, benchmark: Benchmark, seed: int, draw: int = 0) -> None:
+        self.data, self.augment, self.seed, self.draw = benchmark.train, benchmark.augment, seed, draw
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         sample = self.data[index]
         if self.augment is None:
             return sample
-        return self.augment(sample, np.random.default_rng([_AUGMENT, self.seed, epoch, index]))
+        return self.augment(sample, np.random.default_rng([_AUGMENT, self.seed, epoch, index, *_extra(self.draw)]))
 
 
 def train_batches(
-    benchmark: Benchmark, *, seed: int, epoch: int, start: int, device: torch.device, workers: int
+    benchmark: Benchmark, *, seed: int, epoch: int, start: int, device: torch.device, workers: int, draw: int = 0
 ) -> Iterator[Sample]:
-    """The batches of one epoch from step `start` on, on `device`."""
-    batches = epoch_batches(size(benchmark.train), benchmark.batch_size, seed=seed, epoch=epoch, start=start)
-    return _load(_Augmented(benchmark, seed), list(batches), device, workers)
+    """The batches of one epoch from step `start` on, on `device`; those of another `draw` have their own order."""
+    batches = epoch_batches(size(benchmark.train), benchmark.batch_size, seed=seed, epoch=epoch, start=start, draw=draw)
+    return _load(_Augmented(benchmark, seed, draw), list(batches), device, workers)
+
+
+def _extra(draw: int) -> tuple[int, ...]:
+    return (draw,) if draw else ()
 
 
 def test_batches(benchmark: Benchmark, *, device: torch.device, workers: int = 0) -> Iterator[Sample]:

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from gradsurgery import MTLOptimizer, StepInfo
+from gradsurgery import MTLOptimizer, StepInfo, get_method
 from gradsurgery.recipes.harness import checkpoint, report
 from gradsurgery.recipes.harness.benchmark import Benchmark, RecipeError
 from gradsurgery.recipes.harness.data import steps_per_epoch, train_batches
 from gradsurgery.recipes.harness.evaluate import evaluate
+from gradsurgery.stats import Needs
+
+Batch = tuple[Any, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,16 @@ def train(
     with _stop_requests() as stop, board:
         progress.start(run.name, run.epoch, run.step, benchmark.epochs, steps_per_epoch(benchmark))
         while run.epoch < benchmark.epochs:
-            batches = train_batches(
-                benchmark, seed=seed, epoch=run.epoch, start=run.step, device=device, workers=workers
-            )
-            for since, (x, targets) in enumerate(batches, start=1):
-                _step(run, parts, benchmark, x, targets, log_every, board, progress)
+            # Methods that learn from independent batches get orders of their own for them.
+            draws = 3 if Needs.CROSS in get_method(surgery.method).needs else 1
+            batches = [
+                train_batches(
+                    benchmark, seed=seed, draw=draw, epoch=run.epoch, start=run.step, device=device, workers=workers
+                )
+                for draw in range(draws)
+            ]
+            for since, (batch, *independent) in enumerate(zip(*batches, strict=True), start=1):
+                _step(run, parts, benchmark, batch, independent, log_every, board, progress)
                 if stop() or since % checkpoint_every == 0:
                     save()
                 if stop():
@@ -165,8 +173,8 @@ def _step(
     run: Run,
     parts: _Parts,
     benchmark: Benchmark,
-    x: Any,
-    targets: dict[str, Any],
+    batch: Batch,
+    independent: list[Batch],
     log_every: int,
     board: report.Board,
     progress: report.Progress,
@@ -174,9 +182,9 @@ def _step(
     started = time.perf_counter()
     parts.model.train()
     parts.optimizer.zero_grad()
-    predictions = parts.model(x)
-    losses = {name: task.loss(predictions[name], targets[name]) for name, task in benchmark.tasks.items()}
-    parts.optimizer.step(losses)
+    losses = _losses(parts.model, benchmark, batch)
+    others = [_losses(parts.model, benchmark, other) for other in independent]
+    parts.optimizer.step(losses, independent=others or None)
     values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
     run.step += 1
     run.seconds += time.perf_counter() - started
@@ -188,6 +196,12 @@ def _step(
         run.trace.append(row)
         report.log_step(board, row)
     progress.step(run.epoch, step, {name: total / run.step for name, total in run.losses.items()})
+
+
+def _losses(model: nn.Module, benchmark: Benchmark, batch: Batch) -> dict[str, Tensor]:
+    x, targets = batch
+    predictions = model(x)
+    return {name: task.loss(predictions[name], targets[name]) for name, task in benchmark.tasks.items()}
 
 
 def _trace(info: StepInfo | None, tasks: list[str]) -> dict[str, float]:
@@ -217,6 +231,7 @@ def _finish_epoch(
     row = {"epoch": run.epoch + 1, "step": (run.epoch + 1) * steps, "lr": parts.optimizer.param_groups[0]["lr"]}
     row |= {f"loss/{name}": total / steps for name, total in run.losses.items()}
     run.history.append(row | metrics | {"seconds_per_step": run.seconds / steps})
+    parts.optimizer.epoch_end()
     if parts.scheduler is not None:
         parts.scheduler.step()
     run.epoch, run.step, run.seconds, run.losses = run.epoch + 1, 0, 0.0, {}
