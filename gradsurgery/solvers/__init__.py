@@ -2,8 +2,7 @@
 
 from gradsurgery.solvers.cagrad import cagrad_multipliers
 from gradsurgery.solvers.dual_cone import dual_cone, dual_projection
-from gradsurgery.solvers.fair import fair
+from gradsurgery.solvers.fair import fair, nash
 from gradsurgery.solvers.min_norm import min_norm
-from gradsurgery.solvers.nash import nash
 
 __all__ = ["cagrad_multipliers", "dual_cone", "dual_projection", "fair", "min_norm", "nash"]
