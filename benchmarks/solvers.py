@@ -2,9 +2,10 @@
 
     python -m benchmarks.solvers [--tasks 2 3 10 40] [--calls 100] [--out NAME]
 
-ours       the solver's operator (PCGrad: the function, its orders drawn beforehand)
+ours       the solver (PCGrad: the function, its orders drawn beforehand)
 torchjd    the ``gramian_weighting`` of TorchJD's aggregator with its defaults, on the same Gramian. MGDA's stop after
            100 rounds, PCGrad's draw their orders inside. Its NashMTL takes matrices only and needs ecos: left out.
+           FairGrad it has not.
 cvxpy      the convex problem by CLARABEL, with a factor of the Gramian as parameter: compiled once, outside the time
 
 The matrices are Gaussian rows less half of their mean, so that most pairs conflict. Contenders take turns call by call,
@@ -25,9 +26,10 @@ from torchjd import aggregation
 
 from benchmarks.overhead import RESULTS, machine
 from gradsurgery.methods.pcgrad import draw_orders, pcgrad
-from gradsurgery.solvers import cagrad_multipliers, dual_cone, min_norm, nash
+from gradsurgery.solvers import cagrad_multipliers, dual_cone, dual_projection, fair, min_norm, nash
 
 C = 0.4
+ALPHA = 2.0
 # cvxpy takes milliseconds a call: a few tell enough.
 CVXPY_CALLS = 10
 Weights = Callable[[Tensor], object]
@@ -41,12 +43,15 @@ def gramians(T: int, count: int) -> list[Tensor]:
 
 def ours(T: int) -> dict[str, Weights]:
     ones = torch.ones(T, dtype=torch.float64)
+    mean = ones / T
     orders = draw_orders(T, torch.Generator().manual_seed(0), torch.device("cpu"))
     return {
-        "upgrad": lambda G: dual_cone(G, ones / T),
+        "upgrad": lambda G: dual_cone(G, mean),
+        "dualproj": lambda G: dual_projection(G, mean),
         "mgda": min_norm,
         "nash_mtl": lambda G: nash(G, ones),
-        "cagrad": lambda G: cagrad_multipliers(G, ones / T, C),
+        "fairgrad": lambda G: fair(G, ones, ALPHA),
+        "cagrad": lambda G: cagrad_multipliers(G, mean, C),
         "pcgrad": lambda G: pcgrad(G, orders),
     }
 
@@ -54,6 +59,7 @@ def ours(T: int) -> dict[str, Weights]:
 def torchjd() -> dict[str, Weights]:
     return {
         "upgrad": aggregation.UPGrad().gramian_weighting,
+        "dualproj": aggregation.DualProj().gramian_weighting,
         "mgda": aggregation.MGDA().gramian_weighting,
         "cagrad": aggregation.CAGrad(c=C).gramian_weighting,
         "pcgrad": aggregation.PCGrad().gramian_weighting,
@@ -68,6 +74,7 @@ def cvxpy(T: int) -> dict[str, Weights]:
     cone = cp.Problem(cp.Minimize(square), [w >= bound])
     least = cp.Problem(cp.Minimize(square), simplex)
     bargain = cp.Problem(cp.Minimize(square / 2 - cp.sum(cp.log(w))))
+    fairest = cp.Problem(cp.Minimize(square / 2 - cp.sum(cp.power(w, 1 - 1 / ALPHA)) / (1 - 1 / ALPHA)))
     averse = cp.Problem(cp.Minimize(gain @ w + cp.norm(reach.T @ w)), simplex)
 
     def solve(problem: cp.Problem, G: Tensor) -> None:
@@ -76,6 +83,10 @@ def cvxpy(T: int) -> dict[str, Weights]:
         reach.value = C * np.sqrt(array.mean()) * factor.value
         problem.solve(solver=cp.CLARABEL)
 
+    def dualproj(G: Tensor) -> None:
+        bound.value = np.full(T, 1 / T)
+        solve(cone, G)
+
     def upgrad(G: Tensor) -> None:
         for unit in np.eye(T):
             bound.value = unit
@@ -83,8 +94,10 @@ def cvxpy(T: int) -> dict[str, Weights]:
 
     return {
         "upgrad": upgrad,
+        "dualproj": dualproj,
         "mgda": lambda G: solve(least, G),
         "nash_mtl": lambda G: solve(bargain, G),
+        "fairgrad": lambda G: solve(fairest, G),
         "cagrad": lambda G: solve(averse, G),
     }
 

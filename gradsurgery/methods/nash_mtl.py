@@ -4,7 +4,7 @@ Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik, Fetaya. ICML 2022. https:/
 
 Deviations: the authors approximate G a = 1/a by up to 20 convex programs and, where their solver fails, keep the last
 weights or all ones; here Newton's method solves it to rounding, and a point without a solution is reported (see
-`gradsurgery.solvers.nash`). ``update_weights_every`` is ``update_every`` of the optimizer; their clipping of the
+`gradsurgery.solvers.fair`). ``update_weights_every`` is ``update_every`` of the optimizer; their clipping of the
 shared gradient to norm 1 is `torch.nn.utils.clip_grad_norm_` between ``backward`` and ``step``.
 """
 

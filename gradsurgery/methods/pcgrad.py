@@ -10,11 +10,13 @@ orders.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, device, dtype
 
 from gradsurgery.registry import Method, State, register
 from gradsurgery.solvers.accelerator import has_kernel, pcgrad_visits
+from gradsurgery.solvers.operator import plain
 from gradsurgery.stats import Needs, Stats
 
 
@@ -37,11 +39,12 @@ def pcgrad(G: Tensor, orders: Tensor | None = None, *, generator: Generator | No
         >>> pcgrad(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
         tensor([1.5000, 1.5000])
     """
-    T = G.shape[-1]
     if orders is None:
-        orders = draw_orders(T, generator, G.device)
+        orders = draw_orders(G.shape[-1], generator, G.device)
     if has_kernel(G) and not G.requires_grad:
         return pcgrad_visits(G, orders)
+    if plain(G, orders) and G.dtype in (torch.float32, torch.float64):
+        return _pcgrad_pair(G) if G.shape == (2, 2) else torch.from_numpy(_pcgrad_numpy(G.numpy(), orders.numpy()))
     square = G.diagonal(dim1=-2, dim2=-1)
     # Column j is divided by |g_j|^2, so that the inner products are the steps; nothing is projected off a zero row.
     relative = G / square.where(square > 0, torch.inf).unsqueeze(-2)
@@ -55,6 +58,33 @@ def pcgrad(G: Tensor, orders: Tensor | None = None, *, generator: Generator | No
         return G.new_ones(G.shape[:-1])
     taken = torch.cat(steps, dim=-1).flatten(-2)
     return G.new_ones(G.shape[:-1]).index_add(-1, orders.flatten(), taken, alpha=-1)
+
+
+def _pcgrad_pair(G: Tensor) -> Tensor:
+    """`pcgrad` of one G (2, 2) in plain floats."""
+    (a, c), (d, b) = G.tolist()
+    # A NaN has to stay one.
+    w = tuple(1 - dot / square if dot < 0 < square else 1 + 0 * (dot + square) for dot, square in ((c, b), (d, a)))
+    return torch.tensor(w[::-1], dtype=G.dtype)
+
+
+def _pcgrad_numpy(G: np.ndarray, orders: np.ndarray) -> np.ndarray:
+    """`pcgrad` where nothing but numbers is wanted: the same steps, without the price of a torch call each."""
+    *lead, T, _ = G.shape
+    square = G.diagonal(0, -2, -1)
+    visits = orders.T
+    with np.errstate(all="ignore"):
+        relative = (G / np.where(square > 0, square, np.inf)[..., None, :]).reshape(-1, T, T)
+        inner = relative.copy()
+        flat = inner.reshape(len(inner), T * T)
+        place = visits + np.arange(0, T * T, T)
+        steps = np.empty((len(inner), T - 1, T), G.dtype)
+        for visited, index, step in zip(visits, place, steps.swapaxes(0, 1), strict=True):
+            np.minimum(flat.take(index, 1), 0, out=step)
+            inner -= step[:, :, None] * relative.take(visited, 1)
+    task = visits + np.arange(0, T * len(inner), T)[:, None, None]
+    taken = np.bincount(task.ravel(), steps.ravel(), T * len(inner))
+    return (1 - taken).astype(G.dtype, copy=False).reshape(*lead, T)
 
 
 def draw_orders(T: int, generator: Generator | None, device: device) -> Tensor:

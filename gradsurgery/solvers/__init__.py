@@ -3,9 +3,8 @@
 from gradsurgery.solvers.cagrad import cagrad_multipliers
 from gradsurgery.solvers.conic import conic
 from gradsurgery.solvers.dual_cone import dual_cone, dual_projection
-from gradsurgery.solvers.fair import fair
+from gradsurgery.solvers.fair import fair, nash
 from gradsurgery.solvers.linear_program import linear_program
 from gradsurgery.solvers.min_norm import min_norm
-from gradsurgery.solvers.nash import nash
 
 __all__ = ["cagrad_multipliers", "conic", "dual_cone", "dual_projection", "fair", "linear_program", "min_norm", "nash"]

@@ -10,16 +10,18 @@ cone, still solves the problem above.
 from __future__ import annotations
 
 from math import sqrt
-from operator import add, mul
 
 import numpy as np
 
 from gradsurgery.solvers.min_norm import min_norm_numpy
-from gradsurgery.solvers.nnqp import nnqp, nnqp_small
+from gradsurgery.solvers.nnqp import nnqp, nnqp_one
 from gradsurgery.solvers.operator import solver
-from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_small
+from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_one
 
+DESCENT = 16
 ITERATIONS = 100
+# The residual up to which the plain descent of Newton's method is believed.
+ACCEPTED = 1e-10
 
 
 def cagrad_numpy(gramian: np.ndarray, v: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
@@ -57,8 +59,8 @@ class _Levels:
 
     def multipliers(self, level: np.ndarray) -> np.ndarray:
         """l(s) (N, T) at the levels s (N,)."""
-        x, _ = nnqp(self.cosine, (level[:, None] - self.gain) / self.norm)
-        return x / self.norm
+        x, _ = nnqp(self.cosine, ((level[:, None] - self.gain) / self.norm)[:, None])
+        return x[:, 0] / self.norm
 
     def feasible(self, level: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
         """Whether (N,) every task gains its level, which near a stationary point no direction may."""
@@ -118,42 +120,82 @@ def _residual(levels: _Levels, multipliers: np.ndarray, least: np.ndarray) -> np
     return np.maximum((bound - worst) / levels.radius**2, 0.0) + excess
 
 
-def cagrad_small(gramian: list[list[float]], v: list[float], c: float) -> tuple[list[float], float] | None:
-    """`cagrad_multipliers` of one Gramian without a zero row, away from a stationary point.
+def cagrad_one(gramian: np.ndarray, v: np.ndarray, c: float) -> tuple[np.ndarray, float] | None:
+    """`cagrad_multipliers` of one Gramian (T, T) without a zero row, away from a stationary point.
 
-    Newton's method descends from the least of the dual bounds of single tasks, above which no level lies.
+    Newton's method descends from the least of the dual bounds of single tasks, above which no level lies, as
+    |J^T l(s)| is convex, and believes each time the passive tasks of the last.
     """
-    mean = sum(row[i] for i, row in enumerate(gramian)) / len(gramian)
-    if min(row[i] for i, row in enumerate(gramian)) <= 0:
+    scaled = unit_diagonal_one(gramian)
+    if scaled is None:
         return None
-    gramian = [[g / mean for g in row] for row in gramian]
-    cosine, norm = unit_diagonal_small(gramian)
-    gain = [sum(map(mul, row, v)) for row in gramian]
-    radius = c * sqrt(max(sum(map(mul, gain, v)), 0.0))
-    if radius == 0:
-        return [0.0] * len(v), 0.0
-    level, passive = min(g + radius * n for g, n in zip(gain, norm, strict=True)), None
-    for _ in range(20):
-        solved = nnqp_small(cosine, [(level - g) / n for g, n in zip(gain, norm, strict=True)], passive)
+    cosine, norm = scaled
+    mean = gramian.trace().item() / len(v)
+    norm, gain = norm / sqrt(mean), gramian.dot(v) / mean
+    radius = c * sqrt(max(v.dot(gain).item(), 0.0))
+    if not radius > 0:
+        return None
+    level, passive = min((gain + radius * norm).tolist()), None
+    for _ in range(DESCENT):
+        linear = (level - gain) / norm
+        size = max(linear.tolist())
+        if not size > 0:
+            return None
+        linear = linear / size
+        solved = nnqp_one(cosine, linear, (linear > 0).nonzero()[0] if passive is None else passive)
         if solved is None:
             return None
-        x, passive = [max(value, 0.0) for value in solved[0]], solved[1]
-        multipliers = [value / n for value, n in zip(x, norm, strict=True)]
-        total = sum(multipliers)
-        products = [sum(map(mul, row, multipliers)) for row in gramian]
-        length = sqrt(max(sum(map(mul, multipliers, products)), 0.0))
-        if total <= 0 or length <= 0:
-            return None
+        x, passive = solved[0] * size, solved[1]
+        products = cosine.dot(x)
+        length = sqrt(max(x.dot(products).item(), 0.0))
+        multipliers = x / norm
+        total = multipliers.sum().item()
         if abs(length - radius) <= 1e-13 * radius:
-            bound = (sum(map(mul, multipliers, gain)) + radius * length) / total
-            worst = min(map(add, gain, products))
+            bound = (multipliers.dot(gain).item() + radius * length) / total
+            worst = min((gain + products * norm).tolist())
             residual = max((bound - worst) / radius**2, 0.0) + max(length / radius - 1, 0.0)
-            return (multipliers, residual) if residual <= 1e-10 else None
+            return (multipliers, residual) if residual <= ACCEPTED else None
+        # The slope of the length is total / length.
         level += (radius - length) * length / total
     return None
 
 
-@solver("cagrad", "(Tensor gramian, Tensor preference, float c)", cagrad_small, tasks=12)
+def cagrad_pair(
+    a: float, b: float, c: float, v: list[float], radius: float
+) -> tuple[tuple[float, float], float] | None:
+    """`cagrad_multipliers` of [[a, c], [c, b]] in closed form: the worse task alone is helped, or both gain alike.
+
+    Then d is on the line of the point of least norm m, as far from 0 as the radius lets it.
+    """
+    p, q = v
+    first, second = a * p + c * q, c * p + b * q
+    square = p * first + q * second
+    if not square > 0 or radius == 0:
+        return None
+    reach = radius * sqrt(square)
+    m, n = sqrt(a), sqrt(b)
+    if first + reach * m <= second + reach * c / m:
+        x, y = reach / m, 0.0
+    elif second + reach * n <= first + reach * c / n:
+        x, y = 0.0, reach / n
+    else:
+        length, least = a + b - 2 * c, a * b - c * c
+        if length <= 0 or least <= 0:
+            return None
+        share = (b - c) / length
+        # The mean is at m + aside * (g_1 - g_2), at right angles to m.
+        aside = p - share * (p + q)
+        stretch = p + q + sqrt(max(reach * reach - aside * aside * length, 0.0) * length / least)
+        x, y = share * stretch - p, (1 - share) * stretch - q
+    if min(x, y) < 0 or x + y == 0:
+        return None
+    u, w = a * x + c * y, c * x + b * y
+    gap = (x * first + y * second + reach * sqrt(max(x * u + y * w, 0.0))) / (x + y) - min(first + u, second + w)
+    residual = max(gap / reach**2, 0.0) + max(sqrt(max(x * u + y * w, 0.0)) / reach - 1, 0.0)
+    return ((x, y), residual) if residual <= ACCEPTED else None
+
+
+@solver("cagrad", "(Tensor gramian, Tensor preference, float c)", cagrad_one, cagrad_pair)
 def cagrad_multipliers(gramian: np.ndarray, preference: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
     """Multipliers of CAGrad's correction, on top of the mean.
 

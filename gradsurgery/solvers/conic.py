@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradsurgery.solvers.conic_small import conic_small
 from gradsurgery.solvers.min_norm import min_norm_numpy
 from gradsurgery.solvers.nnqp import RIDGE, nnqp
 from gradsurgery.solvers.operator import solver
@@ -90,7 +89,8 @@ def _search(cones: _Cones) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for _ in range(ITERATIONS):
         part, now = cones.take(todo), t[todo]
         level = (part.size * part.least_norm)[:, None]
-        x, _ = nnqp(part.cosine, (now[:, None] * level - (1 - now[:, None]) * part.gain) / part.norm)
+        linear = (now[:, None] * level - (1 - now[:, None]) * part.gain) / part.norm
+        x = nnqp(part.cosine, linear[:, None])[0][:, 0]
         along, across = part.lengths(x / part.norm, 1 - now)
         margin = part.s * along - part.c * across
         length = np.hypot(along, across)
@@ -148,7 +148,7 @@ def _residual(cones: _Cones, share: np.ndarray, added: np.ndarray, useful: np.nd
     return np.maximum(bound - worst, 0.0) / np.where(cones.least_norm > 0, cones.least_norm, 1.0) + outside
 
 
-@solver("conic", "(Tensor gramian, float c)", conic_small, tasks=10)
+@solver("conic", "(Tensor gramian, float c)")
 def conic(gramian: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the direction in a cone around the mean gradient that most helps the worst-off task.
 

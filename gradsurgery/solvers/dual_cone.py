@@ -4,46 +4,66 @@ The projection of J^T u is J^T v with v = argmin_{v >= u} v^T G v (Quinton, Rey,
 Ranzato, NeurIPS 2017, eq. 11). With v = u + x it is a non-negative program in x >= 0, solved in unit-diagonal form.
 """
 
-from operator import mul
+from math import sqrt
 
 import numpy as np
 
-from gradsurgery.solvers.nnqp import TOLERANCE, kkt_residual_small, nnqp, nnqp_small
+from gradsurgery.solvers.nnqp import TOLERANCE, identity, nnqp, nnqp_one
 from gradsurgery.solvers.operator import solver
-from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_small
+from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_one
+
+GUESS_RIDGE = 1e-12
+NEVER = 1e300
 
 
 def dual_cone_numpy(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights (N, T) and the worst residual (N,) for Gramians (N, T, T) and a preference (T,); see `dual_cone`."""
-    N, T = gramian.shape[:2]
+    if gramian.min() >= 0 and gramian.max() < np.inf:
+        return np.broadcast_to(preference, gramian.shape[:2]).copy(), np.zeros(len(gramian))
     cosine, norm = unit_diagonal(gramian)
     # Row k of -C is task k's linear term: its gradient at unit length, against every other.
-    hessian = np.broadcast_to(cosine[:, None], (N, T, T, T)).reshape(-1, T, T)
-    x, residual = nnqp(hessian, -cosine.reshape(-1, T))
-    added = ((preference * norm)[:, None] @ x.reshape(N, T, T))[:, 0] / norm
-    return preference + added, residual.reshape(N, T).max(-1)
+    x, residual = nnqp(cosine, -cosine, _guess(cosine))
+    added = ((preference * norm)[:, None] @ x)[:, 0] / norm
+    return preference + added, residual.max(-1)
 
 
-def dual_cone_small(gramian: list[list[float]], preference: list[float]) -> tuple[list[float], float] | None:
-    """`dual_cone` of one Gramian."""
-    w, worst = preference[:], 0.0
-    if min(map(min, gramian)) >= 0:
-        return w, worst
-    cosine, norm = unit_diagonal_small(gramian)
-    for row, p, n in zip(cosine, preference, norm, strict=True):
-        if min(row) >= 0:
-            continue
-        linear = [-c for c in row]
-        solved = nnqp_small(cosine, linear)
+def _guess(cosine: np.ndarray) -> np.ndarray:
+    """Which multipliers x (..., T, T) are positive: were they free, they would have the signs of the inverse."""
+    one = identity(cosine.shape[-1])
+    return np.linalg.inv(cosine + GUESS_RIDGE * one) > one * NEVER
+
+
+def dual_cone_one(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """`dual_cone` of one Gramian (T, T) without a zero row."""
+    scaled = unit_diagonal_one(gramian)
+    if scaled is None:
+        return None
+    cosine, norm = scaled
+    if cosine.min() >= 0:
+        return preference.copy(), 0.0
+    linear, x = -cosine, []
+    for f, passive in zip(linear, _guess(cosine), strict=True):
+        solved = nnqp_one(cosine, f, passive.nonzero()[0])
         if solved is None:
             return None
-        x = [max(v, 0.0) for v in solved[0]]
-        worst = max(worst, kkt_residual_small(cosine, linear, x))
-        w = [a + p * n * v / m for a, v, m in zip(w, x, norm, strict=True)]
-    return (w, worst) if worst <= TOLERANCE else None
+        x.append(solved[0])
+    x = np.array(x)
+    residual = np.abs(np.minimum(x, x.dot(cosine) + cosine)).max().item()
+    return preference + (preference * norm).dot(x) / norm, residual
 
 
-@solver("dual_cone", "(Tensor gramian, Tensor preference)", dual_cone_small, tasks=4)
+def dual_cone_pair(a: float, b: float, c: float, preference: list[float]) -> tuple[tuple[float, float], float] | None:
+    """`dual_cone` of [[a, c], [c, b]] in closed form: each gradient is freed of its part along the other."""
+    p, q = preference
+    if c >= 0:
+        return (p, q), 0.0
+    cosine = c / sqrt(a) / sqrt(b)
+    # Exact but for a cosine that rounding left beyond -1.
+    residual = max(cosine * cosine - 1, 0.0)
+    return ((p - q * c / a, q - p * c / b), residual) if residual <= TOLERANCE else None
+
+
+@solver("dual_cone", "(Tensor gramian, Tensor preference)", dual_cone_one, dual_cone_pair)
 def dual_cone(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Preference-weighted sum of every task gradient's own projection onto the dual cone (UPGrad's sum).
 
@@ -62,30 +82,51 @@ def dual_projection_numpy(gramian: np.ndarray, preference: np.ndarray) -> tuple[
     cosine, norm = unit_diagonal(gramian)
     wanted = preference * norm
     size = wanted.max(-1, keepdims=True)
-    x, residual = nnqp(cosine, -(cosine @ (wanted / size)[..., None])[..., 0])
-    return preference + x * size / norm, residual
+    x, residual = nnqp(cosine, -((wanted / size)[:, None] @ cosine))
+    return preference + x[:, 0] * size / norm, residual[:, 0]
 
 
-def dual_projection_small(gramian: list[list[float]], preference: list[float]) -> tuple[list[float], float] | None:
-    """`dual_projection` of one Gramian."""
-    if min(map(min, gramian)) >= 0:
-        return preference, 0.0
-    cosine, norm = unit_diagonal_small(gramian)
-    wanted = [p * n for p, n in zip(preference, norm, strict=True)]
-    size = max(wanted)
-    linear = [-sum(map(mul, row, wanted)) / size for row in cosine]
-    if max(linear) <= 0:
-        return preference, 0.0
-    solved = nnqp_small(cosine, linear)
-    if solved is None:
-        return None
-    x = [max(v, 0.0) for v in solved[0]]
-    residual = kkt_residual_small(cosine, linear, x)
-    w = [p + v * size / n for p, v, n in zip(preference, x, norm, strict=True)]
+def dual_projection_pair(
+    a: float, b: float, c: float, preference: list[float]
+) -> tuple[tuple[float, float], float] | None:
+    """`dual_projection` of [[a, c], [c, b]] in closed form: at most one of the two gains weight."""
+    p, q = preference
+    m, n = sqrt(a), sqrt(b)
+    cosine = c / m / n
+    # How far the mean goes along each at unit length.
+    first, second = p * m + cosine * q * n, cosine * p * m + q * n
+    if first >= 0 and second >= 0:
+        return (p, q), 0.0
+    if first < 0:
+        w, other = (p - first / m, q), second - cosine * first
+    else:
+        w, other = (p, q - second / n), first - cosine * second
+    residual = max(-other, 0.0) / max(abs(first), abs(second))
     return (w, residual) if residual <= TOLERANCE else None
 
 
-@solver("dual_projection", "(Tensor gramian, Tensor preference)", dual_projection_small, tasks=6)
+def dual_projection_one(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """`dual_projection` of one Gramian (T, T) without a zero row."""
+    scaled = unit_diagonal_one(gramian)
+    if scaled is None:
+        return None
+    cosine, norm = scaled
+    wanted = preference * norm
+    size = max(wanted.tolist())
+    linear = cosine.dot(wanted) / -size
+    passive = (linear > 0).nonzero()[0]
+    if not len(passive) and linear.max() <= 0:
+        return preference.copy(), 0.0
+    solved = nnqp_one(cosine, linear, passive)
+    if solved is None:
+        return None
+    x = solved[0]
+    values = np.minimum(x, cosine.dot(x) - linear).tolist()
+    residual = max(max(values), -min(values)) / np.abs(linear).max().item()
+    return (preference + x * size / norm, residual) if residual <= TOLERANCE else None
+
+
+@solver("dual_projection", "(Tensor gramian, Tensor preference)", dual_projection_one, dual_projection_pair)
 def dual_projection(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Projection of ``preference^T J`` onto the dual cone of the rows of J.
 

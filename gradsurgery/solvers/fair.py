@@ -1,68 +1,125 @@
 """The alpha-fair weights: G w = (s / w)^(1/alpha) elementwise, w > 0. Nash bargaining is alpha = 1.
 
-In unit-diagonal form C b = q b^(-1/alpha), b = n w, q = s^(1/alpha) n^(1/alpha - 1): the stationarity of a strictly
-convex function of b > 0, which Newton's method minimises, with an exact line search far from the solution. No solution
-exists at a Pareto-stationary point (some convex combination of the gradients is 0), where b runs away.
+In unit-diagonal form C b = q b^-power, b = n w, power = 1/alpha, q = s^power n^(power - 1): the stationarity of a
+strictly convex function of b > 0. Newton's method in log b, undamped, nearly always finds it in a few steps; what it
+leaves gets a line search along b (1 + t y). No solution exists at a Pareto-stationary point (some convex combination
+of the gradients is 0), where b runs away.
 """
+
+from math import sqrt
 
 import numpy as np
 
+from gradsurgery.solvers.lapack import solve
 from gradsurgery.solvers.min_norm import min_norm_numpy
 from gradsurgery.solvers.operator import solver
-from gradsurgery.solvers.scaling import unit_diagonal
+from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_one
 
 TOLERANCE = 1e-8
-ITERATIONS = 200
+SOLVED = 1e-12
+UNDAMPED = 16
+DAMPED = 200
 RUNAWAY = 1e8
+RIDGE = 1e-15
 
 
 def fair_numpy(gramian: np.ndarray, s: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """Weights (N, T) and residual (N,) for Gramians (N, T, T) and shares s (T,); see `fair`."""
     cosine, norm = unit_diagonal(gramian)
-    present = np.diagonal(gramian, axis1=-2, axis2=-1) > 0
-    count = np.maximum(present.sum(-1, keepdims=True), 1)
-    log_q = np.where(present, np.log(s) / alpha + (1 / alpha - 1) * np.log(norm), 0.0)
-    # b is in units of size, so that the program that is solved has no scale.
-    level = log_q.sum(-1, keepdims=True) / count
-    size = np.exp(level * alpha / (alpha + 1))
-    q = np.where(present, np.exp(log_q - level), 0.0)
-    b, residual = _newton(cosine, q, 1 / alpha)
-    w = np.where(present, b * size / norm, 0.0)
-    # What rounding in C alone leaves of the residual when b is large, near a point without a solution.
-    share = b ** (1 / alpha) / np.where(present, q, np.inf)
-    floor = 4 * np.finfo(float).eps * gramian.shape[-1] * (b.max(-1, keepdims=True) * share).max(-1)
-    for n in np.flatnonzero(~(residual <= np.maximum(TOLERANCE, np.minimum(floor, 1e-4)))):
-        w[n] = min_norm_numpy(gramian[n : n + 1])[0]
+    present = gramian.diagonal(0, -2, -1) > 0
+    whole = present.all()
+    if not whole:
+        # A zero row becomes a task orthogonal to all others, whose b is 1.
+        cosine = cosine + (~present)[..., None] * np.eye(len(s))
+    q, size = _shares(norm, s, alpha, present)
+    b, residual = _undamped(cosine, q, 1 / alpha)
+    if not residual.max() <= SOLVED:
+        b, residual = _finish(cosine, q, 1 / alpha, b, residual)
+    w = b * size / norm if whole else np.where(present, b * size / norm, 0.0)
+    if not residual.max() <= TOLERANCE:
+        # What rounding in C alone leaves of the residual when b is large, near a point without a solution.
+        floor = 4 * np.finfo(float).eps * len(s) * b.max(-1) * (b ** (1 / alpha) / q).max(-1)
+        for n in np.flatnonzero(~(residual <= np.maximum(TOLERANCE, np.minimum(floor, 1e-4)))):
+            w[n] = min_norm_numpy(gramian[n : n + 1])[0]
+            met = (gramian[n] @ w[n]) * (w[n] / s) ** (1 / alpha)
+            residual[n] = np.abs(met - 1)[present[n]].max(initial=0.0)
     return w, residual
 
 
-def _newton(cosine: np.ndarray, q: np.ndarray, power: float) -> tuple[np.ndarray, np.ndarray]:
-    """Solutions b (N, T) of C b = q b^-power and their residual (N,); b = 1 in a zero row (q = 0).
+def _shares(
+    norm: np.ndarray, s: np.ndarray, alpha: float, present: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | float]:
+    """q (N, T), 1 in a zero row, and the unit (N, 1) in which b is then, so that the program has no scale."""
+    if alpha == 1:
+        return np.where(present, s, 1.0), 1.0
+    log_q = np.log(s) / alpha + (1 / alpha - 1) * np.log(norm)
+    level = (log_q * present).sum(-1, keepdims=True) / np.maximum(present.sum(-1, keepdims=True), 1)
+    return np.exp((log_q - level) * present), np.exp(level * alpha / (alpha + 1))
 
-    As in `gradsurgery.solvers.nash`, the Newton system is solved for the relative step y = step / b.
+
+def _evaluate(
+    cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Right-hand side and gradient (N, T), both times b, and the residual (N,) at b (N, T)."""
+    pull = q if power == 1 else q * b ** (1 - power)
+    gradient = b * (cosine @ b[..., None])[..., 0] - pull
+    return pull, gradient, np.abs(gradient / pull).max(-1)
+
+
+def _step(cosine: np.ndarray, b: np.ndarray, weighted: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """Newton's relative step y (N, T) = step / b.
+
+    Its matrix B C B + diag(weighted), B = diag(b), stays positive definite however small C's eigenvalues are, and
+    the ridge does that where b runs away and rounding takes the second term.
     """
-    N, T = q.shape
-    positive = q > 0
+    hessian = cosine * (b[:, :, None] * b[:, None, :])
+    hessian.reshape(len(b), -1)[:, :: b.shape[-1] + 1] += weighted + RIDGE * b * b
+    return np.linalg.solve(hessian, -gradient[..., None])[..., 0]
+
+
+def _undamped(cosine: np.ndarray, q: np.ndarray, power: float) -> tuple[np.ndarray, np.ndarray]:
+    """Solutions b (N, T) of C b = q b^-power and their residual (N,), where plain steps in log b find them."""
     b = _start(cosine, q, power)
+    pull, gradient, residual = _evaluate(cosine, q, power, b)
+    for _ in range(UNDAMPED):
+        if residual.max() <= SOLVED:
+            break
+        y = _step(cosine, b, pull if power == 1 else power * pull, gradient)
+        b = b * np.exp(np.minimum(np.maximum(y, -2.0), 2.0))
+        pull, gradient, residual = _evaluate(cosine, q, power, b)
+    return b, residual
+
+
+def _finish(
+    cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray, residual: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """b (N, T) and its residual (N,) after the damped method has had its turn at what is not solved."""
+    todo = np.flatnonzero(~(residual <= SOLVED))
+    start = np.where(residual[todo, None] < 0.1, b[todo], _start(cosine[todo], q[todo], power))
+    found, reached = _damped(cosine[todo], q[todo], power, start)
+    better = reached < residual[todo]
+    b, residual = b.copy(), residual.copy()
+    b[todo[better]], residual[todo[better]] = found[better], reached[better]
+    return b, residual
+
+
+def _damped(cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Solutions and residuals as in `_undamped`, from b (N, T), with a line search far from the solution."""
     limit = RUNAWAY * b.max(-1)
-    solution, residual = b.copy(), np.full(N, np.inf)
-    diagonal = np.arange(T)
-    alive, settled = np.ones(N, dtype=bool), np.zeros(N, dtype=bool)
-    for _ in range(ITERATIONS):
-        pull = q * b ** (1 - power)
-        gradient = np.where(positive, b * (cosine @ b[..., None])[..., 0] - pull, 0.0)
-        now = np.abs(gradient / np.where(positive, pull, 1.0)).max(-1)
+    solution, residual = b.copy(), np.full(len(b), np.inf)
+    alive, settled = np.ones(len(b), dtype=bool), np.zeros(len(b), dtype=bool)
+    for _ in range(DAMPED):
+        pull, gradient, now = _evaluate(cosine, q, power, b)
         better = now < residual
         solution[better], residual[better] = b[better], now[better]
         # Close by, only rounding keeps a step from improving; a runaway b means that there is no solution to find.
         alive &= (now > 1e-15) & (better | ~settled) & (b.max(-1) < limit)
         if not alive.any():
             break
-        hessian = b[:, :, None] * cosine * b[:, None, :]
-        hessian[:, diagonal, diagonal] += np.where(positive, power * pull, 1.0)
-        y = np.linalg.solve(hessian, -gradient[..., None])[..., 0]
-        settled = np.abs(y).max(-1) < 1e-3
-        length = np.where(np.abs(y).max(-1) > 0.1, _line_search(cosine, q, power, b, y), 1.0) * alive
+        y = _step(cosine, b, power * pull, gradient)
+        largest = np.abs(y).max(-1)
+        settled = largest < 1e-3
+        length = np.where(largest > 0.1, _line_search(cosine, q, power, b, y), 1.0) * alive
         b = b * (1 + np.maximum(length[:, None] * y, -0.99))
     return solution, residual
 
@@ -90,16 +147,69 @@ def _line_search(cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray,
 
 def _start(cosine: np.ndarray, q: np.ndarray, power: float) -> np.ndarray:
     """The solution b (N, T) for orthogonal rows, brought to the length at which its sum of equations holds."""
-    positive = q > 0
-    b = np.where(positive, q, 1.0) ** (1 / (1 + power))
-    inside = np.where(positive, b, 0.0)
-    square = (inside[:, None] @ cosine @ inside[..., None])[:, 0, 0]
-    total = (q * b ** (1 - power)).sum(-1)
-    ratio = total / np.maximum(square, 1e-3 * (inside**2).sum(-1) + 1e-300)
-    return np.where(positive, b * ratio[:, None] ** (1 / (1 + power)), 1.0)
+    b = np.sqrt(q) if power == 1 else q ** (1 / (1 + power))
+    # At this b, q b^(1 - power) is b^2.
+    total = (b * b).sum(-1, keepdims=True)
+    length = (b * (b[..., None, :] @ cosine)[..., 0, :]).sum(-1, keepdims=True)
+    return b * (total / np.maximum(length, 1e-3 * total)) ** (1 / (1 + power))
 
 
-@solver("fair", "(Tensor gramian, Tensor shares, float alpha)")
+def fair_one(gramian: np.ndarray, s: np.ndarray, alpha: float = 1.0) -> tuple[np.ndarray, float] | None:
+    """`fair` of one Gramian (T, T) without a zero row, where undamped steps in log b solve it."""
+    scaled = unit_diagonal_one(gramian)
+    if scaled is None:
+        return None
+    cosine, norm = scaled
+    power = 1 / alpha
+    q, size = (s, 1.0) if alpha == 1 else _shares(norm, s, alpha, norm > 0)
+    b = _start(cosine, q, power)
+    for _ in range(UNDAMPED):
+        pull = q if alpha == 1 else q * b ** (1 - power)
+        products = b * cosine.dot(b)
+        ratios = (products / pull).tolist()
+        residual = max(max(ratios) - 1, 1 - min(ratios))
+        if residual <= SOLVED:
+            return b * size / norm, residual
+        hessian = cosine * (b[:, None] * b)
+        hessian.reshape(-1)[:: len(b) + 1] += pull if alpha == 1 else power * pull
+        y = solve(hessian, products - pull)
+        if y is None:
+            return None
+        b = b / np.exp(np.minimum(np.maximum(y, -2.0), 2.0))
+    return None
+
+
+def nash_pair(a: float, b: float, c: float, preference: list[float]) -> tuple[tuple[float, float], float] | None:
+    """`nash` of [[a, c], [c, b]] in closed form: with t = b_1 b_2, b_i^2 = p_i - cosine t, whose product is t^2."""
+    p, q = preference
+    m, n = sqrt(a), sqrt(b)
+    cosine = c / m / n
+    half, bend = cosine * (p + q), (1 - cosine) * (1 + cosine)
+    if not bend > 0:
+        return None
+    root = sqrt(half * half + 4 * bend * p * q)
+    t = 2 * p * q / (half + root) if cosine > 0 else (root - half) / (2 * bend)
+    u, v = sqrt(max(p - cosine * t, 0.0)) / m, sqrt(max(q - cosine * t, 0.0)) / n
+    residual = max(abs(u * (a * u + c * v) / p - 1), abs(v * (c * u + b * v) / q - 1))
+    return ((u, v), residual) if residual <= SOLVED else None
+
+
+@solver("nash", "(Tensor gramian, Tensor preference)", fair_one, nash_pair)
+def nash(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the (asymmetric) Nash bargaining solution, which is `fair` at alpha = 1.
+
+    Args:
+        gramian: (..., T, T) float64.
+        preference: (T,) float64, positive.
+
+    Returns:
+        a (..., T) with G a = p / a on the rows that are not zero (0 on those that are), and the relative residual
+        max |a_i (G a)_i / p_i - 1| (...,), as of `fair`.
+    """
+    return fair_numpy(gramian, preference, 1.0)
+
+
+@solver("fair", "(Tensor gramian, Tensor shares, float alpha)", fair_one)
 def fair(gramian: np.ndarray, shares: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the alpha-fair solution.
 
@@ -111,7 +221,7 @@ def fair(gramian: np.ndarray, shares: np.ndarray, alpha: float) -> tuple[np.ndar
     Returns:
         w (..., T) with G w = (shares / w)^(1/alpha) on the rows that are not zero (0 on those that are), and the
         relative residual (...,), the largest |(G w)_i (w_i / shares_i)^(1/alpha) - 1|. It stays under 1e-8, or near a
-        Pareto-stationary point under what rounding of G leaves of it (1e-4 at most). Where it exceeds that, there is no
-        solution: the weights are then those of the point of least norm, a direction that never conflicts.
+        Pareto-stationary point under what rounding of G leaves of it (1e-4 at most). Where there is no solution, it is
+        far above: the weights are then those of the point of least norm, a direction that never conflicts.
     """
     return fair_numpy(gramian, shares, alpha)

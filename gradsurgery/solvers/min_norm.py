@@ -6,68 +6,76 @@ min 1/2 x^T (C + q q^T) x - q^T x, q proportional to 1/n: for fixed direction of
 and the value grows with w^T G w. At T = 2 it reduces to the well-known closed form.
 """
 
-from operator import mul
+from math import inf, sqrt
 
 import numpy as np
 
-from gradsurgery.solvers.nnqp import TOLERANCE, nnqp, nnqp_small
+from gradsurgery.solvers.lapack import solve
+from gradsurgery.solvers.nnqp import TOLERANCE, nnqp, nnqp_one, ones
 from gradsurgery.solvers.operator import solver
-from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_small
+from gradsurgery.solvers.scaling import unit_diagonal
 
 
 def min_norm_numpy(gramian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights (N, T) on the simplex and the residual (N,) for Gramians (N, T, T); see `min_norm`."""
     cosine, norm = unit_diagonal(gramian)
-    zero = np.diagonal(gramian, axis1=-2, axis2=-1) <= 0
-    any_zero: np.ndarray = np.any(zero, axis=-1, keepdims=True)
-    if gramian.shape[-1] == 2:
-        w = _closed_form(gramian, any_zero)
-    else:
-        q = norm.min(-1, keepdims=True) / norm
-        x, _ = nnqp(cosine + q[:, :, None] * q[:, None, :], q)
-        w = x / norm
-        w = w / np.where(any_zero, 1.0, w.sum(-1, keepdims=True))
-    # A zero row is itself the point of least norm; several of them share.
-    w = np.where(any_zero, zero / np.maximum(zero.sum(-1, keepdims=True), 1), w)
-    return w, _residual(gramian, w)
-
-
-def _closed_form(gramian: np.ndarray, any_zero: np.ndarray) -> np.ndarray:
-    a, b, c = gramian[:, 0, 0], gramian[:, 1, 1], gramian[:, 0, 1]
-    length = a + b - 2 * c
-    inner = np.clip((b - c) / np.where(length > 0, length, 1.0), 0.0, 1.0)
-    first = np.where(length > 0, inner, 0.5)
-    return np.where(any_zero, 0.5, np.stack([first, 1 - first], axis=-1))
-
-
-def _residual(gramian: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Duality gap w^T G w - min_i (G w)_i, relative to the least squared norm of a row: the value it could have."""
+    q = norm.min(-1, keepdims=True) / norm
+    x, _ = nnqp(cosine + q[:, :, None] * q[:, None, :], q[:, None])
+    w = x[:, 0] / norm
+    square = gramian.diagonal(0, -2, -1)
+    least = square.min(-1)
+    if not least.min() > 0:
+        # A zero row is itself the point of least norm; several of them share.
+        w = np.where(least[:, None] <= 0, square <= 0, w)
+        least = np.where(least > 0, least, 1.0)
+    w = w / w.sum(-1, keepdims=True)
     slope = (gramian @ w[..., None])[..., 0]
+    # The duality gap, relative to the least squared norm of a row: the value it could have.
     gap = (w * slope).sum(-1) - slope.min(-1)
-    scale = np.diagonal(gramian, axis1=-2, axis2=-1).min(-1)
-    return np.maximum(gap, 0.0) / np.where(scale > 0, scale, 1.0)
+    return w, np.maximum(gap, 0.0) / least
 
 
-def min_norm_small(gramian: list[list[float]]) -> tuple[list[float], float] | None:
-    """`min_norm` of one Gramian without a zero row."""
-    least = min(row[i] for i, row in enumerate(gramian))
-    if least <= 0:
+def min_norm_one(gramian: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """`min_norm` of one Gramian (T, T) without a zero row."""
+    square = gramian.diagonal().tolist()
+    least = min(square)
+    if not (least > 0 and sum(square) < inf):
         return None
-    cosine, norm = unit_diagonal_small(gramian)
-    shortest = min(norm)
-    q = [shortest / n for n in norm]
-    solved = nnqp_small([[c + a * b for c, b in zip(row, q, strict=True)] for row, a in zip(cosine, q, strict=True)], q)
-    if solved is None:
-        return None
-    w = [max(x, 0.0) / n for x, n in zip(solved[0], norm, strict=True)]
-    total = sum(w)
-    w = [v / total for v in w]
-    slope = [sum(map(mul, row, w)) for row in gramian]
-    residual = max(sum(map(mul, w, slope)) - min(slope), 0.0) / least
+    # Most often every task has weight.
+    w = solve(gramian, ones(len(square)))
+    if w is None or (total := _total(w)) is None:
+        norm = np.sqrt(gramian.diagonal())
+        # C + q q^T at once.
+        solved = nnqp_one((gramian + least) / (norm[:, None] * norm), sqrt(least) / norm)
+        if solved is None:
+            return None
+        w = solved[0] / norm
+        total = w.sum()
+    w = w / total
+    slope = gramian.dot(w)
+    residual = max(w.dot(slope).item() - min(slope.tolist()), 0.0) / least
     return (w, residual) if residual <= TOLERANCE else None
 
 
-@solver("min_norm", "(Tensor gramian)", min_norm_small, tasks=6)
+def _total(w: np.ndarray) -> float | None:
+    """The sum of w (T,), if all of it is positive and finite."""
+    values = w.tolist()
+    total = sum(values)
+    return total if min(values) > 0 and total < inf else None
+
+
+def min_norm_pair(a: float, b: float, c: float) -> tuple[tuple[float, float], float] | None:
+    """`min_norm` of [[a, c], [c, b]] in closed form."""
+    first, second = max(b - c, 0.0), max(a - c, 0.0)
+    total = first + second
+    # Each by its own difference: from 1 less the other, a small weight would have few digits.
+    first, second = (first / total, second / total) if total > 0 else (0.5, 0.5)
+    u, v = a * first + c * second, c * first + b * second
+    residual = max(first * u + second * v - min(u, v), 0.0) / min(a, b)
+    return ((first, second), residual) if residual <= TOLERANCE else None
+
+
+@solver("min_norm", "(Tensor gramian)", min_norm_one, min_norm_pair)
 def min_norm(gramian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the point of least norm in the convex hull of the rows.
 

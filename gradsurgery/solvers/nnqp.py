@@ -2,81 +2,151 @@
 
 H is positive semidefinite with f in its range, as every Gramian problem of this package has it, and both are scaled
 so that diag H is 1 (or 0). Block principal pivoting (Portugal, Judice, Vicente 1994; Kim, Park, SIAM J. Sci. Comput.
-2011) solves all N problems side by side in a few batched factorisations. It can cycle on a singular H; the problems it
+2011) solves all of them side by side in a few batched factorisations. It can cycle on a singular H; the programs it
 leaves unsolved go to the active-set method of Lawson and Hanson (1974) in Gram form (Bro, de Jong, J. Chemometrics
-1997), which cannot.
-
-`nnqp_small` is the same pivoting on one problem in plain floats: for a handful of tasks it is done before NumPy has
-made its first few calls.
+1997), which cannot. `nnqp_one` is the same pivoting on a single program.
 """
 
-from math import sqrt
-from operator import mul
+from functools import lru_cache
 
 import numpy as np
+
+from gradsurgery.solvers.lapack import solve
 
 TOLERANCE = 1e-11
 # Keeps a factorisation finite where passive columns are dependent; far under TOLERANCE, so that no digit is lost.
 RIDGE = 1e-15
+TINY = np.finfo(float).tiny
+# By how much a coordinate may be on the wrong side, relative to the largest.
+BOUND = 0.1 * TOLERANCE
 # From then on a single coordinate flips at a time (Murty's rule), which is what guarantees an end.
 BLOCK_ROUNDS = 12
 
 
-def nnqp(hessian: np.ndarray, linear: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Solves N programs.
+def nnqp(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Solves K programs for each of N Hessians.
 
     Args:
         hessian: (N, T, T), symmetric positive semidefinite, diagonal 0 or about 1.
-        linear: (N, T), in the range of the Hessian.
+        linear: (N, K, T), in the range of the Hessian.
+        passive: (N, K, T) bool, the coordinates believed to be positive; those of a positive linear term if None.
 
     Returns:
-        x (N, T) >= 0, and the residual (N,): max_j |min(x_j, (H x - f)_j)| relative to max |f|.
+        x (N, K, T) >= 0, and the residual (N, K): max_j |min(x_j, (H x - f)_j)| relative to max |f|.
     """
-    if (linear <= 0).all():
-        return np.zeros_like(linear), np.zeros(len(linear))
-    x = _pivot(hessian, linear)
-    residual = kkt_residual(hessian, linear, x)
-    for n in np.flatnonzero(~(residual <= TOLERANCE)):
-        candidate = _active_set(hessian[n], linear[n])[None]
-        other = kkt_residual(hessian[n : n + 1], linear[n : n + 1], candidate)[0]
-        if not residual[n] <= other:
-            x[n], residual[n] = candidate[0], other
+    scale = np.maximum(np.abs(linear).max(-1, keepdims=True), TINY)
+    x = _pivot(hessian, linear, scale, linear > 0 if passive is None else passive)
+    residual = _residual(hessian, linear, x) / scale[..., 0]
+    if residual.max() <= TOLERANCE:
+        return x, residual
+    for n, k in np.argwhere(~(residual <= TOLERANCE)):
+        candidate = _active_set(hessian[n], linear[n, k])
+        other = _residual(hessian[n], linear[n, k], candidate) / scale[n, k, 0]
+        if not residual[n, k] <= other:
+            x[n, k], residual[n, k] = candidate, other
     return x, residual
 
 
-def kkt_residual(hessian: np.ndarray, linear: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Natural residual (N,) of the optimality conditions x >= 0, y = H x - f >= 0, x y = 0, relative to max |f|."""
-    slack = (hessian @ x[..., None])[..., 0] - linear
-    scale = np.abs(linear).max(-1)
-    return np.abs(np.minimum(x, slack)).max(-1) / np.where(scale > 0, scale, 1.0)
+def _residual(hessian: np.ndarray, linear: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Natural residual (...,) of the optimality conditions x >= 0, y = H x - f >= 0, x y = 0."""
+    return np.abs(np.minimum(x, x @ hessian - linear)).max(-1)
+
+
+@lru_cache(maxsize=128)
+def ones(T: int) -> np.ndarray:
+    """(T,), not to be written to."""
+    return np.ones(T)
+
+
+@lru_cache(maxsize=128)
+def identity(T: int) -> np.ndarray:
+    """(T, T), not to be written to."""
+    return np.eye(T)
 
 
 def _solve_passive(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray) -> np.ndarray:
-    """Minimisers (N, T) over the passive coordinates, 0 elsewhere, for Hessians that carry their ridge already."""
-    system = np.where(passive[:, :, None], hessian, np.eye(linear.shape[-1]))
-    return np.linalg.solve(system, (linear * passive)[..., None])[..., 0] * passive
+    """Minimisers (..., T) over the passive coordinates, 0 elsewhere, for Hessians that carry their ridge already."""
+    system, right = np.where(passive[..., None], hessian, identity(linear.shape[-1])), (linear * passive)[..., None]
+    try:
+        x = np.linalg.solve(system, right)
+    except np.linalg.LinAlgError:
+        # The ridge can drown in rounding. The right side is in the range of its columns: any solution serves.
+        x = np.linalg.pinv(system * passive[..., None, :], rcond=10 * RIDGE) @ right
+    return x[..., 0] * passive
 
 
-def _pivot(hessian: np.ndarray, linear: np.ndarray) -> np.ndarray:
+def _pivot(hessian: np.ndarray, linear: np.ndarray, scale: np.ndarray, passive: np.ndarray) -> np.ndarray:
+    """x (N, K, T) at the end of pivoting, solved or not, for linear terms of size scale (N, K, 1)."""
     T = linear.shape[-1]
-    solution = np.zeros_like(linear)
-    todo: np.ndarray | slice = slice(None)
-    H, f, passive = hessian + RIDGE * np.eye(T), linear, linear > 0
+    H, f, solution = hessian, linear, np.empty((0, T))
+    ridged, bound = H[:, None] + RIDGE * identity(T), -BOUND * scale
+    todo = np.arange(linear.size // T)
     for round_ in range(BLOCK_ROUNDS + 3 * T):
-        x = _solve_passive(H, f, passive)
-        value = np.where(passive, x, (H @ x[..., None])[..., 0] - f)
-        scale = np.maximum(np.abs(x).max(-1, keepdims=True), np.abs(f).max(-1, keepdims=True))
-        wrong = value < -0.1 * TOLERANCE * scale
-        solution[todo] = np.maximum(x, 0.0)
+        x = _solve_passive(ridged, f, passive)
+        value = np.where(passive, x, x @ H - f)
+        wrong = value < bound
+        if round_ == 0:
+            solution = np.maximum(x, 0.0).reshape(-1, T)
+        else:
+            solution[todo] = np.maximum(x, 0.0).reshape(-1, T)
+        if not wrong.any():
+            break
+        # Where x is large, so is what rounding leaves.
+        wrong &= value < -BOUND * np.abs(x).max(-1, keepdims=True)
         unsolved = wrong.any(-1)
         if not unsolved.any():
             break
         if round_ >= BLOCK_ROUNDS:
-            wrong = wrong & (np.arange(T) == T - 1 - np.argmax(wrong[:, ::-1], axis=-1)[:, None])
+            wrong = wrong & (np.arange(T) == T - 1 - np.argmax(wrong[..., ::-1], axis=-1)[..., None])
         passive = passive ^ wrong
         if not unsolved.all():
-            H, f, passive, todo = H[unsolved], f[unsolved], passive[unsolved], np.arange(len(solution))[todo][unsolved]
-    return solution
+            n, k = unsolved.nonzero()
+            # From here on every program has a Hessian of its own.
+            H, f, bound, passive = H[n], f[n, k][:, None], bound[n, k][:, None], passive[n, k][:, None]
+            ridged, todo = ridged[n], todo[unsolved.ravel()]
+    return solution.reshape(linear.shape)
+
+
+def nnqp_one(
+    hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """Solves one program in as few calls as it takes, or gives up and leaves it to `nnqp`.
+
+    Args:
+        hessian: (T, T), as in `nnqp`.
+        linear: (T,), with max |f| about 1.
+        passive: the coordinates believed to be positive, ascending; all if None.
+
+    Returns:
+        x (T,) >= 0 of a residual of at most `TOLERANCE`, as `nnqp` has it, and its passive coordinates.
+    """
+    for _ in range(BLOCK_ROUNDS):
+        x = _minimiser(hessian, linear, passive)
+        if x is None:
+            return None
+        value = np.minimum(x, hessian.dot(x) - linear)
+        values = value.tolist()
+        if min(values) >= -BOUND:
+            # False for a NaN, too.
+            return (np.maximum(x, 0.0), passive) if sum(map(abs, values)) <= TOLERANCE else None
+        wrong = value < -BOUND * max(1.0, np.abs(x).max())
+        if not wrong.any():
+            return None
+        wrong[slice(None) if passive is None else passive] ^= True
+        passive = wrong.nonzero()[0]
+    return None
+
+
+def _minimiser(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray | None) -> np.ndarray | None:
+    if passive is None:
+        return solve(hessian, linear)
+    x = np.zeros(len(linear))
+    if len(passive):
+        inner = solve(hessian[passive[:, None], passive], linear[passive])
+        if inner is None:
+            return None
+        x[passive] = inner
+    return x
 
 
 def _active_set(hessian: np.ndarray, linear: np.ndarray) -> np.ndarray:
@@ -86,74 +156,21 @@ def _active_set(hessian: np.ndarray, linear: np.ndarray) -> np.ndarray:
     passive = np.zeros(T, dtype=bool)
     for _ in range(10 * T):
         slack = hessian @ x - linear
-        scale = max(np.abs(linear).max(), np.abs(x).max(), np.finfo(float).tiny)
+        scale = max(np.abs(linear).max(), np.abs(x).max(), TINY)
         slack[passive] = np.inf
         entering = int(np.argmin(slack))
         if slack[entering] >= -1e-14 * scale:
             break
         passive[entering] = True
         while True:
-            trial = _solve_passive(ridged[None], linear[None], passive[None])[0]
+            trial = _solve_passive(ridged, linear, passive)
             blocking = passive & (trial <= 0)
             if not blocking.any():
                 break
             ratio = np.full(T, np.inf)
-            ratio[blocking] = x[blocking] / np.maximum(x[blocking] - trial[blocking], np.finfo(float).tiny)
+            ratio[blocking] = x[blocking] / np.maximum(x[blocking] - trial[blocking], TINY)
             x = x + ratio.min() * (trial - x)
             passive &= ~(blocking & (ratio <= ratio.min()))
             x[~passive] = 0.0
         x = np.where(passive, trial, 0.0)
-    return x
-
-
-def nnqp_small(
-    hessian: list[list[float]], linear: list[float], passive: list[int] | None = None
-) -> tuple[list[float], list[int]] | None:
-    """Solves one program, to a residual of `TOLERANCE`.
-
-    Args:
-        hessian, linear: as in `nnqp`.
-        passive: the coordinates believed to be positive, ascending; those of a positive linear term if None.
-
-    Returns:
-        x and its passive coordinates, or None where pivoting does not end (a singular Hessian may make it cycle).
-    """
-    coordinates = range(len(linear))
-    if passive is None:
-        passive = [i for i in coordinates if linear[i] > 0]
-    for round_ in range(BLOCK_ROUNDS + 3 * len(linear)):
-        x = _solve_passive_small(hessian, linear, passive)
-        slack = [sum(map(mul, row, x)) - f for row, f in zip(hessian, linear, strict=True)]
-        bound = -0.1 * TOLERANCE * max(max(linear), -min(linear), max(x), -min(x))
-        wrong = [i for i in coordinates if x[i] < bound or slack[i] < bound]
-        if not wrong:
-            return x, passive
-        passive = sorted({*passive}.symmetric_difference(wrong if round_ < BLOCK_ROUNDS else wrong[-1:]))
-    return None
-
-
-def kkt_residual_small(hessian: list[list[float]], linear: list[float], x: list[float]) -> float:
-    """`kkt_residual` of one program whose linear term is not zero."""
-    pairs = zip(hessian, linear, x, strict=True)
-    return max(abs(min(v, sum(map(mul, row, x)) - f)) for row, f, v in pairs) / max(max(linear), -min(linear))
-
-
-def _solve_passive_small(hessian: list[list[float]], linear: list[float], passive: list[int]) -> list[float]:
-    """`_solve_passive` of one program, by Cholesky's factorisation."""
-    lower: list[list[float]] = []
-    inverse: list[float] = []
-    z: list[float] = []
-    for i in passive:
-        h, row = hessian[i], []
-        for j, other, scale in zip(passive, lower, inverse, strict=False):
-            row.append((h[j] - sum(map(mul, row, other))) * scale)
-        scale = 1 / sqrt(max(h[i] + RIDGE - sum(map(mul, row, row)), RIDGE))
-        z.append((linear[i] - sum(map(mul, row, z))) * scale)
-        lower.append(row)
-        inverse.append(scale)
-    x = [0.0] * len(linear)
-    for k in range(len(passive) - 1, -1, -1):
-        x[passive[k]] = value = z[k] * inverse[k]
-        for j, entry in enumerate(lower[k]):
-            z[j] -= entry * value
     return x

@@ -1,4 +1,4 @@
-"""`gradsurgery.solvers.nash` on the device: the same damped Newton method, one program a Gramian."""
+"""`gradsurgery.solvers.fair.nash` on the device: the same damped Newton method, one program a Gramian."""
 
 # What Triton tells a type checker of its tensors is not what they are.
 # pyright: reportOperatorIssue=false, reportArgumentType=false
@@ -97,7 +97,7 @@ def nash_kernel(gramian, preference, solution, residual, T, BLOCK: tl.constexpr)
 
 
 def nash(gramian: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
-    """See `gradsurgery.solvers.nash.nash`."""
+    """See `gradsurgery.solvers.fair.nash`."""
     solution, residual = gramian.new_empty(gramian.shape[:-1]), gramian.new_empty(gramian.shape[:-2])
     launch(nash_kernel, gramian, preference.contiguous(), solution, residual)
     return solution, residual
