@@ -140,7 +140,8 @@ def test_a_zero_row_and_duplicate_rows_change_no_more_than_they_say(name: str) -
     rule.start(("a", "b", "c", "d"), 1, torch.device("cpu"))
     losses = TaskLosses(("a", "b", "c", "d"), outputs, torch.ones(4).double())
     w = rule.solve(losses, (J @ J.T)[None])[0][0]
-    if name not in ("mgda", "cagrad", "conicgrad", "upgrad", "dualproj"):  # there the weights of equal rows are free to differ
+    # There the weights of equal rows are free to differ.
+    if name not in ("mgda", "cagrad", "conicgrad", "upgrad", "dualproj"):
         torch.testing.assert_close(w[0], w[2])
     with_zero = torch.cat([ZOO["random_3"], torch.zeros(1, 11).double()])
     assert aggregate(with_zero, name).isfinite().all()
