@@ -101,7 +101,8 @@ def toy(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     With up = max(tanh(y / 2), 0), down = max(tanh(-y / 2), 0) and a sign of +1 for the first loss, -1 for the second:
     up (ln max(|-x / 2 - sign (3.5 - tanh y)|, 5e-6) + 6) + down (((x - 7 sign)^2 + (y + 8)^2 / 10) / 10 - 20). Where a
-    maximum ties, the gradient passes, as through `torch.clamp`: at y = 0, start B, both sides pull.
+    maximum ties, the gradient passes, as it did in the papers' runs: at y = 0, start B, both sides pull. (`torch.clamp`
+    of torch 2.14 lets nothing through there, and B would never move.)
 
     Source: the toy of the CAGrad and Nash-MTL repositories.
     """
@@ -264,7 +265,7 @@ def descend(
     steps: int,
     lr: float,
     seed: int = 0,
-    tick: Callable[[int], None] = lambda step: None,
+    tick: Callable[[int], object] = lambda step: None,
 ) -> np.ndarray:
     """The way (steps + 1, R, 2) of R runs from `starts` (R, 2) by Adam, directions cut to norms `limits` (R,)."""
     adam, noise = Adam(lr), np.random.default_rng(seed)
@@ -391,16 +392,11 @@ def prepare(args: Args, variant: Variant) -> dict[str, BaseMethod | str]:
 
 
 def refusal(method: BaseMethod) -> str:
-    """Why a method cannot run on two losses, two coordinates and nothing else; empty if it can."""
+    """Why a method cannot run on what the toy measures, losses and gradients of one batch; empty if it can."""
     if not isinstance(method, (Method, ColumnMethod)):
         return "it is neither a Method nor a ColumnMethod"
-    if isinstance(method, Method) and (more := method.needs & ~(Needs.LOSSES | Needs.GRAMIAN)):
-        return f"it needs {more}, which the toy does not measure"
-    try:
-        Bundle(method, 2, seed=0).direction(np.ones((2, 2)), np.stack([np.eye(2)] * 2))
-    # Whatever a method yet to come may raise on its first step is its reason.
-    except Exception as error:
-        return _sentence(error)
+    if more := method.needs & ~(Needs.LOSSES | Needs.GRAMIAN | Needs.COLUMNS):
+        return f"it needs {more.name}, which the toy does not measure"
     return ""
 
 
@@ -411,46 +407,61 @@ def _sentence(error: Exception) -> str:
 def run_methods(
     args: Args, variant: Variant, methods: Mapping[str, BaseMethod | str], out: Path, console: Console
 ) -> list[Result]:
-    """Every method from all starts, unclipped and clipped at once; toy.csv grows with each."""
-    steps, lr = args.steps or variant.steps, variant.lr if args.lr is None else args.lr
-    labels = [(start, clip) for clip in (float("inf"), args.clip) for start in variant.starts]
-    starts = np.array([variant.starts[start] for start, _ in labels])
-    limits, front = np.array([clip for _, clip in labels]), Front()
+    """Every method in turn, as far as nobody interrupts; toy.csv grows with each.
+
+    Raises:
+        RecipeError: interrupted before the first was through.
+    """
     results: list[Result] = []
+    steps, front = args.steps or variant.steps, Front()
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-        able = sum(not isinstance(method, str) for method in methods.values())
-        task = bar.add_task("", total=able * steps)
-        for name, method in methods.items():
-            if isinstance(method, str):
-                results.append(Result(name, note=f"cannot run here: {method}"))
-                continue
-            bar.update(task, description=name)
-            began = time.perf_counter()
-            way = descend(
-                Bundle(method, len(labels), args.seed),
-                starts,
-                limits,
-                variant,
-                steps=steps,
-                lr=lr,
-                seed=args.seed,
-                tick=lambda step: bar.advance(task, 100) if step % 100 == 0 else None,
-            )
-            seconds = time.perf_counter() - began
-            results.append(Result(name, judge(way, labels, variant, front), seconds, remark(name)))
-            write_csv(list(csv_rows(results, args, variant)), out / "toy.csv")
+        task = bar.add_task("", total=len(methods) * steps)
+        try:
+            for n, (name, method) in enumerate(methods.items()):
+                bar.update(task, description=name, completed=n * steps)
+                results.append(run_method(name, method, args, front, lambda: bar.advance(task, 100)))
+                write_csv(list(csv_rows(results, args)), out / "toy.csv")
+            bar.update(task, completed=len(methods) * steps)
+        except KeyboardInterrupt as stopped:
+            if not results:
+                raise RecipeError("interrupted before the first method was through.") from stopped
+            console.print(f"interrupted: {len(methods) - len(results)} methods are missing.", highlight=False)
     return results
 
 
-def csv_rows(results: Sequence[Result], args: Args, variant: Variant) -> Iterator[dict[str, float | str]]:
+def run_method(name: str, method: BaseMethod | str, args: Args, front: Front, tick: Callable[[], object]) -> Result:
+    """One method from all starts, unclipped and clipped, side by side; `tick` is called every 100 steps."""
+    if isinstance(method, str):
+        return Result(name, note=f"cannot run here: {method}")
+    variant = VARIANTS[args.variant]
+    labels = [(start, clip) for clip in (float("inf"), args.clip) for start in variant.starts]
+    began = time.perf_counter()
+    try:
+        way = descend(
+            Bundle(method, len(labels), args.seed),
+            np.array([variant.starts[start] for start, _ in labels]),
+            np.array([clip for _, clip in labels]),
+            variant,
+            steps=args.steps or variant.steps,
+            lr=args.lr or variant.lr,
+            seed=args.seed,
+            tick=lambda step: tick() if step % 100 == 0 else None,
+        )
+    # Whatever a method raises, one yet to come too, is its line in the table, and the others go on.
+    except Exception as error:
+        return Result(name, note=f"cannot run here: {_sentence(error)}")
+    return Result(name, judge(way, labels, variant, front), time.perf_counter() - began, remark(name))
+
+
+def csv_rows(results: Sequence[Result], args: Args) -> Iterator[dict[str, float | str]]:
     """A row a method, start and clipping; a method that cannot run has one, with its note."""
     for result in results:
         common = {"method": result.method, "variant": args.variant, "seed": args.seed, "note": result.note}
         if not result.runs:
             yield common
         for run in result.runs:
-            (x0, y0), (x, y) = variant.starts[run.start], run.way[-1].tolist()
+            (x0, y0), (x, y) = VARIANTS[args.variant].starts[run.start], run.way[-1].tolist()
             yield {
                 **common,
                 "start": run.start,
@@ -505,31 +516,37 @@ def picture(results: Sequence[Result], variant: Variant, front: Front, clip: flo
         ax.axis("off")
     colours = dict(zip(variant.starts, LINES, strict=False))
     handles = [Line2D([], [], color=colour, label=f"from {start}") for start, colour in colours.items()]
+    mark: dict[str, Any] = {"color": "grey", "linestyle": ""}
     handles += [
-        Line2D([], [], color="black", linewidth=3, alpha=0.55, label="Pareto front"),
-        Line2D([], [], color="black", marker="o", markersize=4, linestyle="", label="start"),
-        Line2D([], [], color="black", marker="*", markersize=9, linestyle="", label="end"),
+        Line2D([], [], color="black", linewidth=3.5, label="Pareto front"),
+        Line2D([], [], marker="o", markersize=4, label="start", **mark),
+        Line2D([], [], marker="*", markersize=10, markeredgecolor="white", label="end, on the front", **mark),
+        Line2D([], [], marker="*", markersize=10, markeredgecolor="#d00000", label="end, off it", **mark),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles) if wide > 3 else 5, fontsize=9, frameon=False
+    )
     figure.suptitle(title, fontsize=11)
     return figure
 
 
 def panel(ax: Axes, result: Result, front: Front, clip: float, zoom: float) -> None:
-    side = np.linspace(-10.5, 10.5, 141)
-    losses, _ = toy(np.stack(np.meshgrid(side, side), axis=-1))
-    ax.contourf(side, side, losses.sum(-1), levels=16, cmap="Greys_r", alpha=0.55)
-    ax.plot(*front.points.T, color="black", linewidth=3 * zoom, alpha=0.55, solid_capstyle="round")
+    side = np.linspace(-10.5, 10.5, 85)
+    heights = toy(np.stack(np.meshgrid(side, side), axis=-1))[0].sum(-1)
+    # Each shade covers as much of the panel: evenly spaced levels would hide the valleys of the upper half.
+    levels = np.quantile(heights, np.linspace(0, 1, 13))
+    ax.contourf(side, side, heights, levels=levels, colors=[str(grey) for grey in np.linspace(0.72, 0.99, 12)])
+    ax.contour(side, side, heights, levels=levels, colors="0.6", linewidths=0.3, linestyles="solid")
+    ax.plot(*front.points.T, color="black", linewidth=3.5 * zoom, solid_capstyle="round")
     runs = [run for run in result.runs if run.clip == clip]
     for run, colour in zip(runs, LINES, strict=False):
-        ax.plot(*run.way.T, color=colour, linewidth=1.1 * zoom)
+        ax.plot(*run.way.T, color=colour, linewidth=1.2 * zoom)
         ax.plot(*run.way[0], color=colour, marker="o", markersize=3.5 * zoom)
-        ax.plot(
-            *run.way[-1], color=colour, marker="*", markersize=8 * zoom, markeredgecolor="white", markeredgewidth=0.4
-        )
+        edge = "white" if run.steps is not None else "#d00000"
+        ax.plot(*run.way[-1], color=colour, marker="*", markersize=9 * zoom, markeredgecolor=edge, markeredgewidth=0.6)
     reached = sum(run.steps is not None for run in runs)
     ax.set_title(f"{result.method}: {reached} of {len(runs)}" if runs else f"{result.method}: cannot run", fontsize=9)
-    ax.set(xlim=(-10.5, 10.5), ylim=(-10.5, 10.5), aspect="equal")
+    ax.set(xlim=(-10.5, 10.5), ylim=(-10.5, 10.5), aspect="equal", xticks=(-7, 0, 7), yticks=(-8, 0, 8))
     ax.tick_params(labelsize=7)
 
 
@@ -578,8 +595,8 @@ def compare(args: Args, console: Console | None = None) -> list[Result]:
     results = run_methods(args, variant, methods, out, console)
     save_pictures(results, args, variant, out)
     console.print(
-        f"Steps to the Pareto front, to within {TOLERANCE:.0%} of what the losses span along it, free and clipped to norm "
-        f"{args.clip:g}; in brackets, how far off a run ended that did not reach it",
+        f"Steps to the Pareto front, to within {TOLERANCE:.0%} of what the losses span along it, free and clipped to "
+        f"norm {args.clip:g}; in brackets, how far off a run ended that did not reach it",
         style="bold",
         highlight=False,
     )
