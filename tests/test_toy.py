@@ -18,7 +18,7 @@ from torch import Tensor
 from gradsurgery import MTLOptimizer, aggregate, get_method, list_methods
 from gradsurgery.recipes import toy
 from gradsurgery.recipes.harness.benchmark import RecipeError
-from gradsurgery.registry import BaseMethod, EpochMethod, Method, ObservingMethod, State, build_method
+from gradsurgery.registry import BaseMethod, ColumnMethod, EpochMethod, Method, ObservingMethod, State, build_method
 from gradsurgery.stats import Needs, Stats
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +111,8 @@ def test_distance_is_the_additive_epsilon() -> None:
 def walk_alone(method: BaseMethod, start: np.ndarray, clip: float, steps: int) -> np.ndarray:
     """One run through the public optimizer and torch's Adam."""
     variant = toy.VARIANTS["nash"]
+    if isinstance(method, ColumnMethod):  # the optimizer also draws for the columns that pad its rows
+        return walk_columns(method, start, clip, steps)
     point = torch.nn.Parameter(torch.tensor(start))
     opt = MTLOptimizer(torch.optim.Adam([point], 1e-3), method, shared_params=[point], seed=3)
     for _ in range(steps):
@@ -120,6 +122,18 @@ def walk_alone(method: BaseMethod, start: np.ndarray, clip: float, steps: int) -
         opt.step()
         if isinstance(method, ObservingMethod):
             opt.observe(scalar_losses(variant, point))
+    return point.detach().numpy()
+
+
+def walk_columns(method: ColumnMethod, start: np.ndarray, clip: float, steps: int) -> np.ndarray:
+    point = torch.nn.Parameter(torch.tensor(start))
+    adam, generator = torch.optim.Adam([point], 1e-3), torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        losses = scalar_losses(toy.VARIANTS["nash"], point)
+        rows = torch.stack([torch.autograd.grad(loss, point, retain_graph=True)[0] for loss in losses])
+        point.grad = method.direction(rows, {}, generator)
+        torch.nn.utils.clip_grad_norm_([point], clip)
+        adam.step()
     return point.detach().numpy()
 
 
