@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "optimizer": {"engines", "losses", "parameters", "registry", "rule", "stats", "surgery"},
     "__init__": {"functional", "optimizer", "registry", "stats"},
     "architectures": set(),
-    "recipes": {"", "architectures", "stats"},
+    "recipes": {"", "architectures", "registry", "stats"},
 }
 
 

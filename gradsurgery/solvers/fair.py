@@ -20,6 +20,8 @@ SOLVED = 1e-12
 UNDAMPED = 16
 DAMPED = 200
 RUNAWAY = 1e8
+# Of the squared least norm in the hull of the unit gradients.
+STATIONARY = 1e-12
 RIDGE = 1e-15
 
 
@@ -33,13 +35,11 @@ def fair_numpy(gramian: np.ndarray, s: np.ndarray, alpha: float) -> tuple[np.nda
         cosine = cosine + (~present)[..., None] * np.eye(len(s))
     q, size = _shares(norm, s, alpha, present)
     b, residual = _undamped(cosine, q, 1 / alpha)
-    if not residual.max() <= SOLVED:
+    if not _solved(residual, b, q, 1 / alpha).all():
         b, residual = _finish(cosine, q, 1 / alpha, b, residual)
     w = b * size / norm if whole else np.where(present, b * size / norm, 0.0)
     if not residual.max() <= TOLERANCE:
-        # What rounding in C alone leaves of the residual when b is large, near a point without a solution.
-        floor = 4 * np.finfo(float).eps * len(s) * b.max(-1) * (b ** (1 / alpha) / q).max(-1)
-        for n in np.flatnonzero(~(residual <= np.maximum(TOLERANCE, np.minimum(floor, 1e-4)))):
+        for n in np.flatnonzero(~_solved(residual, b, q, 1 / alpha, TOLERANCE)):
             w[n] = min_norm_numpy(gramian[n : n + 1])[0]
             met = (gramian[n] @ w[n]) * (w[n] / s) ** (1 / alpha)
             residual[n] = np.abs(met - 1)[present[n]].max(initial=0.0)
@@ -66,6 +66,13 @@ def _evaluate(
     return pull, gradient, np.abs(gradient / pull).max(-1)
 
 
+def _solved(residual: np.ndarray, b: np.ndarray, q: np.ndarray, power: float, bound: float = SOLVED) -> np.ndarray:
+    """Whether (N,) the residual is within the bound, or what rounding in C alone leaves when b is large, near a point
+    without a solution."""
+    floor = 4 * np.finfo(float).eps * b.shape[-1] * b.max(-1) * (b**power / q).max(-1)
+    return residual <= np.maximum(bound, np.minimum(floor, 1e-4))
+
+
 def _step(cosine: np.ndarray, b: np.ndarray, weighted: np.ndarray, gradient: np.ndarray) -> np.ndarray:
     """Newton's relative step y (N, T) = step / b.
 
@@ -82,7 +89,7 @@ def _undamped(cosine: np.ndarray, q: np.ndarray, power: float) -> tuple[np.ndarr
     b = _start(cosine, q, power)
     pull, gradient, residual = _evaluate(cosine, q, power, b)
     for _ in range(UNDAMPED):
-        if residual.max() <= SOLVED:
+        if residual.max() <= SOLVED or _solved(residual, b, q, power).all():
             break
         y = _step(cosine, b, pull if power == 1 else power * pull, gradient)
         b = b * np.exp(np.minimum(np.maximum(y, -2.0), 2.0))
@@ -94,7 +101,12 @@ def _finish(
     cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray, residual: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """b (N, T) and its residual (N,) after the damped method has had its turn at what is not solved."""
-    todo = np.flatnonzero(~(residual <= SOLVED))
+    todo = np.flatnonzero(~_solved(residual, b, q, power))
+    # Where unit gradients nearly cancel, b is beyond what float64 can solve for, or there is none.
+    weight = min_norm_numpy(cosine[todo])[0]
+    todo = todo[(weight * (cosine[todo] @ weight[..., None])[..., 0]).sum(-1) > STATIONARY]
+    if not len(todo):
+        return b, residual
     start = np.where(residual[todo, None] < 0.1, b[todo], _start(cosine[todo], q[todo], power))
     found, reached = _damped(cosine[todo], q[todo], power, start)
     better = reached < residual[todo]
@@ -113,7 +125,7 @@ def _damped(cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray) -> t
         better = now < residual
         solution[better], residual[better] = b[better], now[better]
         # Close by, only rounding keeps a step from improving; a runaway b means that there is no solution to find.
-        alive &= (now > 1e-15) & (better | ~settled) & (b.max(-1) < limit)
+        alive &= ~_solved(now, b, q, power, 1e-15) & (better | ~settled) & (b.max(-1) < limit)
         if not alive.any():
             break
         y = _step(cosine, b, power * pull, gradient)

@@ -132,7 +132,7 @@ def _surgeries(options: Options) -> dict[str, Surgery]:
         surgeries = {
             name: Surgery(
                 name,
-                _hparams(options.hparam, name, {other: set(i.hparams) for other, i in infos.items()}),
+                parse_hparams(options.hparam, name, {other: set(i.hparams) for other, i in infos.items()}),
                 options.engine,
                 options.blocks,
                 options.heads,
@@ -148,7 +148,7 @@ def _surgeries(options: Options) -> dict[str, Surgery]:
     return surgeries
 
 
-def _hparams(texts: Sequence[str], method: str, known: dict[str, set[str]]) -> dict[str, Any]:
+def parse_hparams(texts: Sequence[str], method: str, known: dict[str, set[str]]) -> dict[str, Any]:
     """`c=0.4` where the method has a c (or no named method has: the library then objects), or `cagrad.c=0.4`."""
     chosen = {}
     for text in texts:
