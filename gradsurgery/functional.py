@@ -151,13 +151,14 @@ def aggregate(
         assert isinstance(rule, Method)
         rows, measured = jacobian, jacobian
         if isinstance(rule, TrackedMethod):
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             _, measured = rule.track(rows, torch.zeros_like(rows), losses.double(), state)
             rows = measured if rule.acts_on == "measured" else rows
         gramian = kernels.gramian(measured, bounds) if rule.needs & (Needs.GRAMIAN | Needs.TRACKED) else None
         cross = None if independent is None else kernels.gramian(independent[0], bounds, independent[1])
         stats, finite = Stats(losses.double(), gramian, cross).sanitized()
         w, _, _ = rule.weights(stats, state, generator)
-        return kernels.combine(torch.where(finite, w, torch.nan), rows, bounds)
+        return kernels.combine(torch.where(finite, w, torch.nan), rows, bounds).to(jacobian.dtype)
 
 
 def _check_samples(samples: Sequence[Tensor] | None, jacobian: Tensor, method: str, *, wanted: bool) -> None:

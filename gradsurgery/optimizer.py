@@ -224,8 +224,12 @@ class MTLOptimizer(Optimizer):
                     result = given()
                 if _are_losses(result):
                     self.backward(result, independent=independent)
+                elif independent is not None:
+                    raise ValueError("step() got independent batches, and its closure returned no losses.")
             elif given is not None:
                 self.backward(given, independent=independent)
+            elif independent is not None:
+                raise ValueError("step() got independent batches and no losses to operate on.")
             self._base_step()
         return result
 
@@ -274,17 +278,20 @@ class MTLOptimizer(Optimizer):
 
         That entry is one JSON text: `torch.load` with ``weights_only=True`` and `torch.distributed.checkpoint` keep it,
         and a plain optimizer that loads the dict passes it by. What a method remembers of each parameter (`moco`,
-        `db_mtl`, `excess_mtl`) is an entry ``"mtl_rows"`` (T, *shape) of that parameter's state.
+        `db_mtl`, `excess_mtl`) is an entry ``"mtl_rows"`` (T, *shape) of that parameter's state, empty where there is
+        nothing. Two roads do not take it: flattened distributed checkpoints drop it (a warning follows at loading), and
+        a plain optimizer that makes its state at its first step takes it for that state, if none was there yet.
         """
         for hook in self._hooks("_optimizer_state_dict_pre_hooks"):
             hook(self)
         state_dict = self.base_opt.state_dict()
         groups = [dict(group) for group in state_dict["param_groups"]]
         groups[0]["mtl"] = self._surgery.rule.pack(self._surgery.engine.name)
-        state = dict(state_dict["state"])
-        position = {p: n for n, p in enumerate(base_parameters(self.base_opt))}
-        for p, rows in self._surgery.remembered():
-            state[position[p]] = {**state.get(position[p], {}), "mtl_rows": rows}
+        state, remembered = _split_rows(state_dict["state"])[0], dict(self._surgery.remembered())
+        if remembered:
+            for n, p in enumerate(base_parameters(self.base_opt)):
+                # torch.distributed.checkpoint wants the same entries of all parameters.
+                state[n] = {**state.get(n, {}), "mtl_rows": remembered.get(p, p.new_empty(0))}
         state_dict = {**state_dict, "state": state, "param_groups": groups}
         for hook in self._hooks("_optimizer_state_dict_post_hooks"):
             changed = hook(self, state_dict)
@@ -306,7 +313,9 @@ class MTLOptimizer(Optimizer):
         content = self._surgery.rule.check(text) if text else None
         state, rows = _split_rows(state_dict["state"])
         ids = [n for group in groups for n in group["params"]]
-        known = [(p, rows[n]) for n, p in zip(ids, base_parameters(self.base_opt), strict=False) if n in rows]
+        pairs = zip(ids, base_parameters(self.base_opt), strict=False)
+        # Without the method's own text, the rows are another's.
+        known = [(p, rows[n]) for n, p in pairs if content is not None and n in rows and rows[n].numel()]
         _check_rows(known, content)
         self.base_opt.load_state_dict({**state_dict, "state": state, "param_groups": groups})
         self._surgery.rule.unpack(content)
@@ -374,7 +383,7 @@ def _split_rows(state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Ten
 
 def _check_rows(known: Sequence[tuple[Tensor, Tensor]], content: Mapping[str, Any] | None) -> None:
     for p, rows in known:
-        if content is None or rows.shape != (len(content["tasks"] or ()), *p.shape):
+        if content is not None and rows.shape != (len(content["tasks"] or ()), *p.shape):
             raise ValueError(
                 f"The checkpoint remembers rows of shape {tuple(rows.shape)} of a parameter of shape {tuple(p.shape)}: "
                 "it was written for another model or other tasks."

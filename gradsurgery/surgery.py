@@ -41,6 +41,7 @@ class Surgery:
         self.parameters = parameters
         self.info: StepInfo | None = None
         self.holding = False
+        self._broken = False
         self._held: list[Measurement] = []
         self._held_losses: TaskLosses | None = None
         self._held_scale: Tensor | None = None
@@ -49,6 +50,7 @@ class Surgery:
         self._tracked: Tracked | None = None
         self._remembered: list[tuple[Tensor, Tensor]] = []
         self._signature: tuple[object, ...] = ()
+        self._blocks: list[list[int]] = []
 
     @property
     def layout(self) -> Layout:
@@ -60,7 +62,7 @@ class Surgery:
     ) -> StepInfo:
         """See `MTLOptimizer.backward`."""
         read = read_losses(losses, self.rule.tasks)
-        samples = self._read_samples(read, independent)
+        samples = self._read_samples(read, independent, due=self._due(read))
         grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
         gradients = self.rule.method.needs is not Needs.LOSSES
         if self.holding or gradients or self.rule.heads == "unweighted":
@@ -76,6 +78,7 @@ class Surgery:
                 self.info = self._weighted(read, self._next_weights(read), grad_scale)
         except BaseException:
             self.rule.restore(before)
+            self._broken = self.holding
             raise
         return self.info
 
@@ -89,7 +92,16 @@ class Surgery:
         self.holding = True
 
     def release(self) -> None:
-        """Operates on the rows held, if there are any."""
+        """Operates on the rows held, if there are any.
+
+        Raises:
+            RuntimeError: a micro-batch failed on its way into them.
+        """
+        if self._broken:
+            raise RuntimeError(
+                "A micro-batch failed inside accumulate(), and part of it is in the sum of the others, which has been "
+                "dropped; take the block again without it."
+            )
         if self._held_losses is not None:
             if self._held:
                 self.info = self._apply(self._held_losses, self._held, self._held_scale)
@@ -99,30 +111,38 @@ class Surgery:
 
     def drop(self) -> None:
         """Forgets the rows held."""
+        self._broken = False
         self.holding, self._held, self._held_losses = False, [], None
         self._held_scale, self._held_weights = None, None
 
     def __getstate__(self) -> dict[str, Any]:
         # Flat rows are rebuilt when they are needed, and nothing of a graph leaves the process.
         held = dict.fromkeys(("_tracked", "_held_losses", "_held_scale", "_held_weights"))
-        empty = {"_layouts": [], "_held": [], "_signature": (), "holding": False}
+        empty = {"_layouts": [], "_held": [], "_signature": (), "holding": False, "_broken": False}
         return {**self.__dict__, **held, **empty, "_remembered": self.remembered()}
 
     def remembered(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters with what a `TrackedMethod` remembers of each, (T, *shape)."""
-        return self._remembered if self._tracked is None else self._tracked.by_parameter()
+        return [*self._remembered, *([] if self._tracked is None else self._tracked.by_parameter())]
 
     def remember(self, known: list[tuple[Tensor, Tensor]]) -> None:
         """Takes over what `remembered` gave; an empty list starts afresh."""
         if not known and self.rule.tasks is not None and isinstance(self.rule.method, TrackedMethod):
             warnings.warn(
                 f"The checkpoint brings no rows for {self.rule.name} to go on from; they start at 0. "
-                "torch.distributed.checkpoint reads them only into an optimizer that has taken a backward before.",
+                "torch.distributed.checkpoint keeps them unless flattened, and reads them into an optimizer that has "
+                "taken a backward before.",
                 stacklevel=4,
             )
         self._tracked, self._remembered = None, known
 
-    def _read_samples(self, losses: TaskLosses, independent: Sequence[Losses] | None) -> list[TaskLosses]:
+    def _due(self, losses: TaskLosses) -> bool:
+        """Whether gradients of this batch go into a solve for weights."""
+        if self.holding:
+            return self._held_weights is None and (self._held_losses is not None or not self.rule.settled(losses))
+        return self.rule.due(losses)
+
+    def _read_samples(self, losses: TaskLosses, independent: Sequence[Losses] | None, *, due: bool) -> list[TaskLosses]:
         """The independent batches, where the method learns from such and is due.
 
         Raises:
@@ -130,7 +150,7 @@ class Surgery:
         """
         name, wanted = self.rule.name, Needs.CROSS in self.rule.method.needs
         if independent is None:
-            if wanted and self.rule.due(losses):
+            if wanted and due:
                 raise ValueError(
                     f"{name} learns its weights from two batches that are independent of the one that moves the model: "
                     "draw two more, and pass their losses as backward(losses, independent=(losses_a, losses_b))."
@@ -140,7 +160,7 @@ class Surgery:
             raise ValueError(f"{name} has no use for independent batches; leave `independent` out.")
         if isinstance(independent, Tensor) or len(independent) != SAMPLES:
             raise ValueError(f"independent must hold the losses of {SAMPLES} batches; got {len(independent)}.")
-        if not self.rule.due(losses):
+        if not due:
             return []
         samples = [read_losses(sample, losses.tasks) for sample in independent]
         nodes = [node for batch in (losses, *samples) if (node := node_of(batch.outputs[batch.present[0]])) is not None]
@@ -159,6 +179,12 @@ class Surgery:
             blocks = self.parameters.blocks()
             samples = SAMPLES if Needs.CROSS in self.rule.method.needs else 0
             layouts = [Layout(blocks) for _ in range(1 + samples)]
+            if len(blocks) > 1 and self._layouts and [[id(p) for p in b] for b in blocks] != self._blocks:
+                raise ValueError(
+                    "The shared parameters have changed (one was frozen, or thawed), and with them the blocks, whose "
+                    "state the method keeps apart. Make a new MTLOptimizer, or use blocks='model'."
+                )
+            self._blocks = [[id(p) for p in block] for block in blocks]
             if layouts[0].device != losses.values.device:
                 raise ValueError(
                     f"The losses sit on {losses.values.device} and the shared parameters on {layouts[0].device}; move "
@@ -216,7 +242,11 @@ class Surgery:
     ) -> StepInfo:
         """Solves for what the method makes of the rows, and remembers it as the direction is written."""
         if self._tracked is None or self._tracked.layout is not self.layout:
-            self._tracked, self._remembered = Tracked(len(losses.tasks), self.layout, self.remembered()), []
+            known = self.remembered()
+            self._tracked = Tracked(len(losses.tasks), self.layout, known)
+            # What is remembered of frozen parameters waits for them.
+            here = {id(p) for p in self.layout.params}
+            self._remembered = [(p, rows) for p, rows in known if id(p) not in here]
         track = self.rule.track(losses)
         gramian = measured.gramian(self._tracked.measured(track, grad_scale))
         weights, diagnostics = self.rule.solve(losses, gramian)

@@ -40,7 +40,13 @@ class Tracked:
 
     def measured(self, track: Track, grad_scale: Tensor | None) -> RowMap:
         """The rows that the method measures; nothing is remembered yet."""
-        return lambda piece, rows: track(self._unscaled(rows, grad_scale), self._piece(piece))[1]
+
+        def of(piece: Piece, rows: Tensor) -> Tensor:
+            new, measured = track(self._unscaled(rows, grad_scale), self._piece(piece))
+            # What is not finite must show in the inner products, or it would be remembered.
+            return torch.where(new.isfinite(), measured, torch.nan)
+
+        return of
 
     def committed(self, track: Track, grad_scale: Tensor | None, finite: Tensor, *, gradients: bool) -> RowMap:
         """What the weights multiply, in the scale of the gradients. As it is read, the step is remembered, if finite.

@@ -11,6 +11,11 @@ import pytest
 import torch
 from models import Toy, batch, jacobian, optimizer, samples, trunk_gradient
 from reference import db_mtl, excess_mtl, moco, modo, sdmgrad, simplex
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from gradsurgery import MTLOptimizer, aggregate
 from gradsurgery.methods.simplex import project
@@ -299,10 +304,119 @@ def test_tracked_rows_follow_a_parameter_that_is_frozen_and_thawed() -> None:
     opt.backward(model.losses(x))
     frozen.requires_grad_(False)
     opt.backward(model.losses(x))
-    known = dict(opt._surgery.remembered())
-    assert frozen not in known
-    J = torch.stack([torch.autograd.grad(model.losses(x)[t], model.trunk[2].weight)[0] for t in range(T)])
-    torch.testing.assert_close(known[model.trunk[2].weight], 0.75 * J)
+    frozen.requires_grad_(True)
+    saved = opt.state_dict()["state"]
+    for p, steps in ((frozen, 1), (model.trunk[2].weight, 2)):
+        J = torch.stack([torch.autograd.grad(model.losses(x)[t], p)[0] for t in range(T)])
+        n = [id(q) for q in model.parameters()].index(id(p))
+        torch.testing.assert_close(saved[n]["mtl_rows"], (1 - 0.5**steps) * J)
+    opt.backward(model.losses(x))
+    J = torch.stack([torch.autograd.grad(model.losses(x)[t], frozen)[0] for t in range(T)])
+    torch.testing.assert_close(dict(opt._surgery.remembered())[frozen], 0.75 * J)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "modo", "gradvac"])
+def test_blocks_that_change_are_refused(name: str) -> None:
+    model, x = Toy(), batch()
+    opt = optimizer(model, name, blocks="tensor")
+    opt.backward(model.losses(x), **samples(model, name, x))
+    model.trunk[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen, or thawed"):
+        opt.backward(model.losses(x), **samples(model, name, x))
+
+
+def test_a_finite_gradient_whose_square_is_not_is_not_remembered() -> None:
+    model = Toy(dtype=torch.float32)
+    opt, x = optimizer(model, "excess_mtl"), batch(dtype=torch.float32)
+    opt.backward(model.losses(x))
+    before = [r for _, r in opt._surgery.remembered()]
+    info = opt.backward([loss * 1e21 for loss in model.losses(x)])
+    assert info.weights.isnan().all()
+    assert all(torch.equal(r, b) for (_, r), b in zip(opt._surgery.remembered(), before, strict=True))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("name", NAMES)
+def test_tracked_rows_through_distributed_checkpoints(name: str, base: Any) -> None:
+    model, x = Toy(), batch()
+    opt = MTLOptimizer(base(model.parameters(), lr=0.01), name, list(model.trunk.parameters()))
+    for _ in range(2):
+        opt.step(model.losses(x))
+    before = [r for _, r in opt._surgery.remembered()]
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    opt.step(model.losses(x))
+    set_optimizer_state_dict(model, opt, saved)
+    assert all(torch.equal(r, b) for (_, r), b in zip(opt._surgery.remembered(), before, strict=True))
+    opt.step(model.losses(x))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    flat = get_optimizer_state_dict(model, opt, options=options)
+    with pytest.warns(UserWarning, match="unless flattened"):
+        set_optimizer_state_dict(model, opt, flat, options=options)
+
+
+def test_rows_are_another_methods_once_the_text_is_gone() -> None:
+    model, x = Toy(), batch()
+    opt = MTLOptimizer(torch.optim.Adam(model.parameters(), 0.01), "moco", list(model.trunk.parameters()))
+    opt.step(model.losses(x))
+    state = opt.state_dict()
+    state["param_groups"][0]["mtl"] = ""
+    other = MTLOptimizer(torch.optim.Adam(model.parameters(), 0.01), "upgrad", list(model.trunk.parameters()))
+    other.load_state_dict(state)
+    other.step(model.losses(x))
+    plain = torch.optim.Adam(model.parameters(), 0.01)
+    plain.load_state_dict(opt.state_dict())
+    again = MTLOptimizer(plain, "upgrad", list(model.trunk.parameters()))
+    assert all("mtl_rows" not in entry for entry in again.state_dict()["state"].values())
+
+
+@pytest.mark.parametrize("name", ["sdmgrad", "modo"])
+def test_micro_batches_ask_for_samples_when_their_block_will_solve(name: str) -> None:
+    model, x = Toy(), batch()
+    opt = optimizer(model, name, update_every=2)
+    a, _, c = model.losses(x)
+    without = [[first, None, third] for first, _, third in samples(model, name, x)["independent"]]
+    opt.backward([a, None, c], independent=without)
+    with opt.accumulate():
+        for _ in range(2):
+            a, _, c = model.losses(x)
+            without = [[first, None, third] for first, _, third in samples(model, name, x)["independent"]]
+            opt.backward([a, None, c], independent=without)
+    with pytest.raises(ValueError, match="independent="), opt.accumulate():
+        opt.backward(model.losses(x))
+
+
+def test_a_micro_batch_that_fails_spoils_its_block_and_says_so() -> None:
+    model, x = Toy(), batch()
+    opt = optimizer(model, "modo")
+
+    def step(spoil: bool) -> None:
+        first, second = samples(model, "modo", x)["independent"]
+        opt.backward(model.losses(x), independent=(first, [second[0], first[1], second[2]] if spoil else second))
+
+    with pytest.raises(RuntimeError, match="A micro-batch failed"), opt.accumulate():
+        step(False)
+        with pytest.raises(RuntimeError):
+            step(True)
+    assert all(p.grad is None for p in model.trunk.parameters())
+    with opt.accumulate():
+        step(False)
+
+
+def test_independent_batches_without_losses_are_refused() -> None:
+    model, x = Toy(), batch()
+    opt, extra = optimizer(model, "modo"), samples(model, "modo", x)
+    with pytest.raises(ValueError, match="no losses to operate on"):
+        opt.step(**extra)
+    with pytest.raises(ValueError, match="returned no losses"):
+        opt.step(lambda: None, **extra)
+
+
+def test_aggregate_tracks_in_single_precision_at_least() -> None:
+    J = (torch.randn(2, 64, generator=torch.Generator().manual_seed(0)) * 1e-2).half()
+    losses = torch.full((2,), 1e5)
+    u = aggregate(J, "db_mtl", losses=losses)
+    assert u.dtype == torch.float16
+    torch.testing.assert_close(u, aggregate(J.float(), "db_mtl", losses=losses).half(), rtol=2e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["moco", "db_mtl"])
