@@ -4,8 +4,8 @@ Fernando, Shen, Liu, Chaudhury, Murugesan, Chen. ICLR 2023. https://arxiv.org/ab
 
 Running means Y of the task gradients, from 0 and without correction of that; weights take one projected step a training
 step on Y's Gramian, and the model moves along w^T Y; as in the authors' code each takes what the one before it has just
-become. Its LibMTL port puts a softmax for the projection, scales every
-gradient to the length of its loss, and lets the step sizes decay; none of it is in the paper's algorithm, nor here.
+become. Its LibMTL port puts a softmax for the projection, scales every gradient to the length of its loss, and lets the
+step sizes decay; none of it is in the paper's algorithm, nor here.
 """
 
 import math
