@@ -117,7 +117,7 @@ def test_accumulate_keeps_one_gradient_a_head() -> None:
     with opt.accumulate():
         for _ in range(5):
             opt.backward(model.losses(x))
-        assert [len(own) for own in opt._surgery._held._own] == [2, 2, 2]
+        assert [len(own) for own in opt._surgery._held[0]._own] == [2, 2, 2]
 
 
 def test_accumulate_keeps_to_the_schedule() -> None:
