@@ -5,9 +5,9 @@
 The setting of Nash-MTL (first loss times 0.1, five starts, 35 000 steps of Adam at 1e-3), seed 0. Of 40 methods, nine
 reach the front from all five starts: `aligned_mtl`, `epo`, `fairgrad`, `famo`, `gradnorm`, `imtl`, `imtl_g`, `mgda`,
 `nash_mtl`. With the direction clipped to norm 1 before Adam, 18 do: `config`, `conicgrad`, `db_mtl`, `dualproj`,
-`gradvac`, `moco`, `modo`, `ntkmtl`, `pcgrad` and `upgrad` join, `imtl` leaves. `ew` reaches it from four starts, clipped
-from three. They took 25 CPU minutes on a thread each of an AMD EPYC shared with other work, torch 2.14.1: 10 to 270 s a
-method. `pivrg` was left out: without baselines it is `fairgrad`, and takes longer.
+`gradvac`, `moco`, `modo`, `ntkmtl`, `pcgrad` and `upgrad` join, `imtl` leaves. `ew` reaches it from four starts,
+clipped from three. They took 25 CPU minutes on a thread each of an AMD EPYC shared with other work, torch 2.14.1: 10 to
+270 s a method. `pivrg` was left out: without baselines it is `fairgrad`, and takes longer.
 
 A run has reached the front when it stays within 1 % of it, by the additive epsilon indicator on the losses, until the
 end (`Front.distance`); toy.csv has the length of the shortest convex combination of gradients beside it. All runs of a
