@@ -8,7 +8,7 @@ from math import sqrt
 
 import numpy as np
 
-from gradsurgery.solvers.nnqp import TOLERANCE, identity, nnqp, nnqp_one
+from gradsurgery.solvers.nnqp import TOLERANCE, identity, nnqp, nnqp_one, nnqp_shared
 from gradsurgery.solvers.operator import solver
 from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_one
 
@@ -41,14 +41,10 @@ def dual_cone_one(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarr
     cosine, norm = scaled
     if cosine.min() >= 0:
         return preference.copy(), 0.0
-    linear, x = -cosine, []
-    for f, passive in zip(linear, _guess(cosine), strict=True):
-        solved = nnqp_one(cosine, f, passive.nonzero()[0])
-        if solved is None:
-            return None
-        x.append(solved[0])
-    x = np.array(x)
-    residual = np.abs(np.minimum(x, x.dot(cosine) + cosine)).max().item()
+    solved = nnqp_shared(cosine, -cosine, _guess(cosine))
+    if solved is None:
+        return None
+    x, residual = solved
     return preference + (preference * norm).dot(x) / norm, residual
 
 

@@ -4,7 +4,8 @@ H is positive semidefinite with f in its range, as every Gramian problem of this
 so that diag H is 1 (or 0). Block principal pivoting (Portugal, Judice, Vicente 1994; Kim, Park, SIAM J. Sci. Comput.
 2011) solves all of them side by side in a few batched factorisations. It can cycle on a singular H; the programs it
 leaves unsolved go to the active-set method of Lawson and Hanson (1974) in Gram form (Bro, de Jong, J. Chemometrics
-1997), which cannot. `nnqp_one` is the same pivoting on a single program.
+1997), which cannot. `nnqp_one` and `nnqp_shared` are the same pivoting for a single Hessian, and optimistic: what they
+give up goes to `nnqp`.
 """
 
 from functools import lru_cache
@@ -134,6 +135,34 @@ def nnqp_one(
             return None
         wrong[slice(None) if passive is None else passive] ^= True
         passive = wrong.nonzero()[0]
+    return None
+
+
+def nnqp_shared(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """`nnqp_one` for K programs of one Hessian, tested together.
+
+    Args:
+        hessian: (T, T), as in `nnqp`.
+        linear: (K, T), with max |f| 1 in every row.
+        passive: (K, T) bool, the coordinates believed to be positive; written to.
+
+    Returns:
+        x (K, T) >= 0 and its worst residual, of at most `TOLERANCE`, as `nnqp` has it.
+    """
+    x, todo = np.zeros(linear.shape), range(len(linear))
+    for _ in range(BLOCK_ROUNDS):
+        for k in todo:
+            minimiser = _minimiser(hessian, linear[k], passive[k].nonzero()[0])
+            if minimiser is None:
+                return None
+            x[k] = minimiser
+        wrong = np.minimum(x, x.dot(hessian) - linear) < -BOUND
+        if not wrong.any():
+            x = np.maximum(x, 0.0)
+            residual = _residual(hessian, linear, x).max().item()
+            return (x, residual) if residual <= TOLERANCE else None
+        passive ^= wrong
+        todo = wrong.any(1).nonzero()[0].tolist()
     return None
 
 
