@@ -50,7 +50,6 @@ class Surgery:
         self._tracked: Tracked | None = None
         self._remembered: list[tuple[Tensor, Tensor]] = []
         self._signature: tuple[object, ...] = ()
-        self._blocks: list[list[int]] = []
 
     @property
     def layout(self) -> Layout:
@@ -62,7 +61,8 @@ class Surgery:
     ) -> StepInfo:
         """See `MTLOptimizer.backward`."""
         read = read_losses(losses, self.rule.tasks)
-        samples = self._read_samples(read, independent, due=self._due(read))
+        due = self._due(read)
+        samples = self._read_samples(read, independent, due=due)
         grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
         gradients = self.rule.method.needs is not Needs.LOSSES
         if self.holding or gradients or self.rule.heads == "unweighted":
@@ -71,8 +71,8 @@ class Surgery:
         before = self.rule.snapshot()
         try:
             if self.holding:
-                return self._hold([read, *samples], grad_scale)
-            if gradients and self.rule.due(read):
+                return self._hold([read, *samples], grad_scale, due=due)
+            if gradients and due:
                 self.info = self._apply(read, self._measure([read, *samples], grad_scale), grad_scale)
             else:
                 self.info = self._weighted(read, self._next_weights(read), grad_scale)
@@ -179,12 +179,11 @@ class Surgery:
             blocks = self.parameters.blocks()
             samples = SAMPLES if Needs.CROSS in self.rule.method.needs else 0
             layouts = [Layout(blocks) for _ in range(1 + samples)]
-            if len(blocks) > 1 and self._layouts and [[id(p) for p in b] for b in blocks] != self._blocks:
+            if len(blocks) > 1 and self._layouts and not layouts[0].has_blocks_of(self.layout):
                 raise ValueError(
                     "The shared parameters have changed (one was frozen, or thawed), and with them the blocks, whose "
                     "state the method keeps apart. Make a new MTLOptimizer, or use blocks='model'."
                 )
-            self._blocks = [[id(p) for p in block] for block in blocks]
             if layouts[0].device != losses.values.device:
                 raise ValueError(
                     f"The losses sit on {losses.values.device} and the shared parameters on {layouts[0].device}; move "
@@ -201,16 +200,16 @@ class Surgery:
             measured.append(self.engine.measure(losses, self._layouts[n], own, grad_scale=grad_scale, held=rows))
         return measured
 
-    def _hold(self, batches: Sequence[TaskLosses], grad_scale: Tensor | None) -> StepInfo:
+    def _hold(self, batches: Sequence[TaskLosses], grad_scale: Tensor | None, *, due: bool) -> StepInfo:
         """A micro-batch: into the rows, or between two solves of ``update_every`` straight into ``.grad``."""
         losses = batches[0]
-        if self._held_losses is None and self.rule.settled(losses):
-            self._held_weights = self.rule.cached(count=False)
-        if self._held_weights is not None:
-            info = self._weighted(losses, self._held_weights, grad_scale)
-        else:
+        if due:
             self._held = self._measure(batches, grad_scale)
             info = StepInfo(losses.tasks, losses.values, None, None, None, self.engine.name)
+        else:
+            if self._held_weights is None:
+                self._held_weights = self.rule.cached(count=False)
+            info = self._weighted(losses, self._held_weights, grad_scale)
         self._held_losses = _add(self._held_losses, losses)
         self._held_scale = grad_scale
         return info

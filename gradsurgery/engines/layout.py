@@ -70,6 +70,10 @@ class Layout:
         """B, their number."""
         return len(self.bounds) - 1
 
+    def has_blocks_of(self, other: "Layout") -> bool:
+        """Whether the same parameters lie in the same blocks there."""
+        return self.bounds == other.bounds and list(map(id, self.params)) == list(map(id, other.params))
+
     def rows(self, T: int) -> Tensor:
         """A (T, d) matrix kept from step to step; its gaps are zero and its rows hold what was last written."""
         if self._rows is None or len(self._rows) != T:
