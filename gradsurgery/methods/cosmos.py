@@ -8,14 +8,13 @@ Deviations: the paper draws r from a Dirichlet distribution in every step and fe
 affair; here r is fixed. Where the losses have a norm under 1e-8 the cosine has no use, and w = r.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, device, dtype
 
-from gradsurgery.methods.hparams import EPS
+from gradsurgery.methods.hparams import EPS, check_nonnegative
 from gradsurgery.methods.preference import Preference, check_preference, preference_state
 from gradsurgery.registry import Method, State, register
 from gradsurgery.stats import Needs, Stats
@@ -69,8 +68,7 @@ class COSMOS(Method):
     preference: Preference = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lam) and self.lam >= 0):
-            raise ValueError(f"lam must be finite and >= 0; got {self.lam}.")
+        check_nonnegative(lam=self.lam)
         check_preference(self.preference)
 
     def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:

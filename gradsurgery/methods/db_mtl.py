@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, device, dtype
 
-from gradsurgery.methods.hparams import positive
+from gradsurgery.methods.hparams import check_nonnegative, positive
 from gradsurgery.methods.spectral import inverse_norms
 from gradsurgery.registry import State, TrackedMethod, register
 from gradsurgery.stats import Needs, Stats
@@ -62,8 +62,7 @@ class DBMTL(TrackedMethod):
     def __post_init__(self) -> None:
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta must be in [0, 1); got {self.beta}.")
-        if not 0 <= self.decay < float("inf"):
-            raise ValueError(f"decay must be finite and >= 0; got {self.decay}.")
+        check_nonnegative(decay=self.decay)
 
     def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:
         return {"steps": torch.zeros(T, dtype=dtype, device=device)}

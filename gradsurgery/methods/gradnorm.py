@@ -7,7 +7,6 @@ looks at the last shared layer; weights do not fall below 0, where the paper's o
 weights that earlier ones left.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ import torch
 from torch import Generator, Tensor, device, dtype
 
 from gradsurgery.methods.adam import adam, adam_state
-from gradsurgery.methods.hparams import check_positive
+from gradsurgery.methods.hparams import check_nonnegative, check_positive
 from gradsurgery.registry import Method, State, register
 from gradsurgery.stats import Needs, Stats
 
@@ -69,8 +68,7 @@ class GradNorm(Method):
     lr: float = 0.025
 
     def __post_init__(self) -> None:
-        if not (self.alpha >= 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"alpha must be finite and >= 0; got {self.alpha}.")
+        check_nonnegative(alpha=self.alpha)
         check_positive(lr=self.lr)
 
     def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:

@@ -20,6 +20,13 @@ def check_positive(**hparams: float) -> None:
             raise ValueError(f"{name} must be positive and finite; got {value}.")
 
 
+def check_nonnegative(**hparams: float) -> None:
+    """Raises ValueError unless every hyperparameter is finite and >= 0."""
+    for name, value in hparams.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be finite and >= 0; got {value}.")
+
+
 def check_count(least: int, **hparams: int) -> None:
     """Raises ValueError unless every hyperparameter is a whole number, ``least`` or more."""
     for name, value in hparams.items():

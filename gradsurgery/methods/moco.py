@@ -8,13 +8,12 @@ become. Its LibMTL port puts a softmax for the projection, scales every gradient
 step sizes decay; none of it is in the paper's algorithm, nor here.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, device, dtype
 
-from gradsurgery.methods.hparams import check_positive
+from gradsurgery.methods.hparams import check_nonnegative, check_positive
 from gradsurgery.methods.modo import modo
 from gradsurgery.methods.simplex import renormalized
 from gradsurgery.registry import State, TrackedMethod, register
@@ -70,8 +69,7 @@ class MoCo(TrackedMethod):
         if not 0 < self.beta <= 1:
             raise ValueError(f"beta must be in (0, 1]; got {self.beta}.")
         check_positive(gamma=self.gamma)
-        if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise ValueError(f"rho must be finite and >= 0; got {self.rho}.")
+        check_nonnegative(rho=self.rho)
 
     def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:
         return {"w": torch.full((blocks, T), 1 / T, dtype=dtype, device=device)}

@@ -7,14 +7,13 @@ moves the model with the new weights. A batch pair that shall also move the mode
 ``[(a + b) / 2 for a, b in zip(losses_a, losses_b)]`` of forwards of their own.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, device, dtype
 
-from gradsurgery.methods.hparams import check_positive
+from gradsurgery.methods.hparams import check_nonnegative, check_positive
 from gradsurgery.methods.simplex import project, renormalized
 from gradsurgery.registry import Method, State, register
 from gradsurgery.stats import Needs, Stats
@@ -67,8 +66,7 @@ class MoDo(Method):
 
     def __post_init__(self) -> None:
         check_positive(lr=self.lr)
-        if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise ValueError(f"rho must be finite and >= 0; got {self.rho}.")
+        check_nonnegative(rho=self.rho)
 
     def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:
         return {"w": torch.full((blocks, T), 1 / T, dtype=dtype, device=device)}

@@ -6,13 +6,13 @@ The form with one kernel entry a task (n = 1): the largest eigenvalue of a task'
 norm M_ii. The variant with per-micro-batch kernels needs more gradients than one a task and is not here.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, device, dtype
 
+from gradsurgery.methods.hparams import check_nonnegative
 from gradsurgery.registry import Method, State, register
 from gradsurgery.stats import Needs, Stats
 
@@ -60,8 +60,7 @@ class NTKMTL(Method):
     exponent: float = 0.5
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.exponent) and self.exponent >= 0):
-            raise ValueError(f"exponent must be finite and >= 0; got {self.exponent}.")
+        check_nonnegative(exponent=self.exponent)
 
     def init(self, T: int, blocks: int, *, dtype: dtype, device: device) -> State:
         return {}

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, device, dtype
 
-from gradsurgery.methods.hparams import per_task
+from gradsurgery.methods.hparams import check_nonnegative, per_task
 from gradsurgery.methods.preference import Preference, check_preference, preference_state
 from gradsurgery.registry import Method, State, register
 from gradsurgery.stats import Needs, Stats
@@ -75,8 +75,7 @@ class PBI(Method):
     ideal: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.theta) and self.theta >= 0):
-            raise ValueError(f"theta must be finite and >= 0; got {self.theta}.")
+        check_nonnegative(theta=self.theta)
         check_preference(self.preference)
         if not all(map(math.isfinite, self.ideal or ())):
             raise ValueError(f"ideal must hold finite losses, one a task; got {self.ideal}.")

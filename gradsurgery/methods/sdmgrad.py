@@ -10,14 +10,13 @@ Deviations: where no C_ii is positive, C is divided by its largest entry; no 1e-
 the direction by T on NYUv2 and Cityscapes: scale "sum".
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, device, dtype
 
-from gradsurgery.methods.hparams import check_count, check_positive
+from gradsurgery.methods.hparams import check_count, check_nonnegative, check_positive
 from gradsurgery.methods.preference import Preference, check_preference, preference_state
 from gradsurgery.methods.simplex import project, renormalized
 from gradsurgery.registry import Method, State, register
@@ -99,8 +98,7 @@ class SDMGrad(Method):
     preference: Preference = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lam) and self.lam >= 0):
-            raise ValueError(f"lam must be finite and >= 0; got {self.lam}.")
+        check_nonnegative(lam=self.lam)
         check_count(1, steps=self.steps)
         check_positive(lr=self.lr)
         if not 0 <= self.momentum < 1:
