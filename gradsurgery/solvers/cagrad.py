@@ -7,8 +7,6 @@ Where that is 0/0 (g_w = 0: Pareto stationary), s = 0 is the best level and l(0)
 cone, still solves the problem above.
 """
 
-from __future__ import annotations
-
 from math import sqrt
 
 import numpy as np
@@ -16,7 +14,7 @@ import numpy as np
 from gradsurgery.solvers.min_norm import min_norm_numpy
 from gradsurgery.solvers.nnqp import nnqp, nnqp_one
 from gradsurgery.solvers.operator import solver
-from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_one
+from gradsurgery.solvers.scaling import take, unit_diagonal, unit_diagonal_one, unit_mean
 
 DESCENT = 16
 ITERATIONS = 100
@@ -31,7 +29,7 @@ def cagrad_numpy(gramian: np.ndarray, v: np.ndarray, c: float) -> tuple[np.ndarr
     # Without a radius there is nothing to search: c = 0, or the mean gradient is zero.
     todo = np.flatnonzero(levels.radius > 0)
     if len(todo):
-        multipliers[todo], residual[todo] = _solve(levels.take(todo))
+        multipliers[todo], residual[todo] = _solve(take(levels, todo))
     return multipliers, residual
 
 
@@ -39,16 +37,10 @@ class _Levels:
     """l(s) and what follows from it, for N Gramians, each brought to unit mean norm (which leaves l as it is)."""
 
     def __init__(self, gramian: np.ndarray, v: np.ndarray, c: float):
-        mean = np.diagonal(gramian, axis1=-2, axis2=-1).mean(-1)
-        self.gramian = gramian / np.where(mean > 0, mean, 1.0)[:, None, None]
+        self.gramian = unit_mean(gramian)
         self.cosine, self.norm = unit_diagonal(self.gramian)
         self.gain = self.gramian @ v
         self.radius = c * np.sqrt(np.maximum(self.gain @ v, 0.0))
-
-    def take(self, index: np.ndarray) -> _Levels:
-        part = object.__new__(_Levels)
-        part.__dict__.update({key: array[index] for key, array in self.__dict__.items()})
-        return part
 
     def products(self, multipliers: np.ndarray) -> np.ndarray:
         return (self.gramian @ multipliers[..., None])[..., 0]
@@ -80,7 +72,7 @@ def _solve(levels: _Levels) -> tuple[np.ndarray, np.ndarray]:
     best = at_zero
     todo = np.flatnonzero(~stationary)
     if len(todo):
-        best[todo] = _newton(levels.take(todo), levels.bound(least)[todo])
+        best[todo] = _newton(take(levels, todo), levels.bound(least)[todo])
     return best, _residual(levels, best, least)
 
 
@@ -90,7 +82,7 @@ def _newton(levels: _Levels, high: np.ndarray) -> np.ndarray:
     best = np.zeros_like(levels.gain)
     todo = np.arange(len(high))
     for _ in range(ITERATIONS):
-        part = levels.take(todo)
+        part = take(levels, todo)
         s, radius = level[todo], part.radius
         now = part.multipliers(s)
         length, total, feasible = part.length(now), now.sum(-1), part.feasible(s, now)

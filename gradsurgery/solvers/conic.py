@@ -13,14 +13,12 @@ pieces, kept in a bracket, ends after a few. The angle at t = 0 is the least tha
 where it is too large already, nothing in the cone helps every task.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from gradsurgery.solvers.min_norm import min_norm_numpy
 from gradsurgery.solvers.nnqp import RIDGE, nnqp
 from gradsurgery.solvers.operator import solver
-from gradsurgery.solvers.scaling import unit_diagonal
+from gradsurgery.solvers.scaling import take, unit_diagonal, unit_mean
 
 ITERATIONS = 100
 ON_BOUNDARY = 1e-14
@@ -30,8 +28,7 @@ class _Cones:
     """N Gramians of unit mean norm, their mean gradients g0, and lengths of J^T w along and across g0."""
 
     def __init__(self, gramian: np.ndarray, c: float):
-        mean = np.diagonal(gramian, axis1=-2, axis2=-1).mean(-1)
-        self.gramian = gramian / np.where(mean > 0, mean, 1.0)[:, None, None]
+        self.gramian = unit_mean(gramian)
         self.cosine, self.norm = unit_diagonal(self.gramian)
         self.least_norm = np.sqrt(np.maximum(np.diagonal(self.gramian, axis1=-2, axis2=-1).min(-1), 0.0))
         self.gain = self.gramian.mean(-1)
@@ -39,11 +36,6 @@ class _Cones:
         self.axis = self.gain / np.where(self.size > 0, self.size, 1.0)[:, None]
         self.across = self.gramian - self.axis[:, :, None] * self.axis[:, None, :]
         self.c, self.s = np.full(len(gramian), c), np.full(len(gramian), np.sqrt((1 - c) * (1 + c)))
-
-    def take(self, index: np.ndarray) -> _Cones:
-        part = object.__new__(_Cones)
-        part.__dict__.update({key: array[index] for key, array in self.__dict__.items()})
-        return part
 
     def lengths(self, w: np.ndarray, share: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """Of share g0 + J^T w along g0 and across it (N,)."""
@@ -72,7 +64,7 @@ def conic_numpy(gramian: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
     useful = (along**2 + across**2 > rounding) & (cones.least_norm > 0)
     search = np.flatnonzero(useful & (cones.s * along < cones.c * across))
     if len(search):
-        share[search], added[search], useful[search] = _search(cones.take(search))
+        share[search], added[search], useful[search] = _search(take(cones, search))
     residual = _residual(cones, share, added, useful)
     w = share[:, None] / T + added
     length = np.hypot(*cones.lengths(added, share))
@@ -87,7 +79,7 @@ def _search(cones: _Cones) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     share, best, found = np.ones(N), np.zeros_like(cones.norm), np.zeros(N, dtype=bool)
     todo = np.arange(N)
     for _ in range(ITERATIONS):
-        part, now = cones.take(todo), t[todo]
+        part, now = take(cones, todo), t[todo]
         level = (part.size * part.least_norm)[:, None]
         linear = (now[:, None] * level - (1 - now[:, None]) * part.gain) / part.norm
         x = nnqp(part.cosine, linear[:, None])[0][:, 0]

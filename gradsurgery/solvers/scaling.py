@@ -1,8 +1,11 @@
 """Unit-diagonal form of a Gramian, in which a solver sees angles alone, whatever the norms of the rows."""
 
 from math import inf
+from typing import TypeVar
 
 import numpy as np
+
+_Batch = TypeVar("_Batch")
 
 
 def unit_diagonal(gramian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -32,3 +35,16 @@ def unit_diagonal_one(gramian: np.ndarray) -> tuple[np.ndarray, np.ndarray] | No
         return None
     norm = np.sqrt(square)
     return gramian / (norm[:, None] * norm), norm
+
+
+def unit_mean(gramian: np.ndarray) -> np.ndarray:
+    """Gramians (N, T, T), each divided by its mean squared norm; a zero one as it is."""
+    mean = np.diagonal(gramian, axis1=-2, axis2=-1).mean(-1)
+    return gramian / np.where(mean > 0, mean, 1.0)[:, None, None]
+
+
+def take(batch: _Batch, index: np.ndarray) -> _Batch:
+    """The problems at those places of an object whose attributes are arrays with a leading axis of problems."""
+    part = object.__new__(type(batch))
+    part.__dict__.update({key: array[index] for key, array in batch.__dict__.items()})
+    return part
