@@ -230,8 +230,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from gradsurgery.solvers.device import launch
 
-constants = {"POWER": 0.5, "RADIUS": 0.4, "BETA": 0.01}
-for name in ("cagrad", "dual_cone", "fair", "min_norm", "nash", "visits"):
+shared = {"RADIUS": 0.4, "BETA": 0.01}
+# The fair kernel serves two operators, FairGrad's and, at a power of 1, Nash-MTL's.
+parts = [(name, 0.5) for name in ("cagrad", "dual_cone", "fair", "min_norm", "visits")] + [("fair", 1.0)]
+for name, power in parts:
+    constants = {**shared, "POWER": power}
     module = importlib.import_module(f"gradsurgery.solvers.device.{name}")
     for kernel in [f for name, f in vars(module).items() if name.endswith("_kernel")]:
         types = {"T": "i32", "orders": "*i64"}

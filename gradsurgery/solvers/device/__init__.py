@@ -8,9 +8,8 @@ ConicGrad have none. This package needs Triton, and nothing else imports it befo
 
 from gradsurgery.solvers.device.cagrad import cagrad_multipliers
 from gradsurgery.solvers.device.dual_cone import dual_cone, dual_projection
-from gradsurgery.solvers.device.fair import fair
+from gradsurgery.solvers.device.fair import fair, nash
 from gradsurgery.solvers.device.min_norm import min_norm
-from gradsurgery.solvers.device.nash import nash
 from gradsurgery.solvers.device.visits import gradvac, pcgrad
 
 __all__ = ["BODIES", "gradvac", "pcgrad"]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gradsurgery.solvers.device.launch import launch
 from gradsurgery.solvers.device.min_norm import least_norm
-from gradsurgery.solvers.device.nash import measure
 from gradsurgery.solvers.device.newton import relative_step
 from gradsurgery.solvers.device.tile import flag, load_cosines, load_norm, not_finite, times
 
@@ -58,6 +57,13 @@ def line_search(pull, y, slope, bend, POWER: tl.constexpr):
         middle = tl.where(low > 0, tl.sqrt(low * high), 0.1 * high)
         t = tl.where((low < trial) & (trial < high), trial, middle)
     return t
+
+
+@triton.jit
+def measure(matrix, inverse, b, p, T, BLOCK: tl.constexpr):
+    """b (C b) - p (BLOCK,), 0 where p is, and its largest entry relative to p."""
+    gradient = tl.where(p > 0, b * times(load_cosines(matrix, inverse, T, BLOCK), b) - p, 0.0)
+    return gradient, tl.max(tl.abs(gradient / tl.where(p > 0, p, 1.0)), axis=0)
 
 
 @triton.jit
@@ -122,3 +128,8 @@ def fair(gramian: Tensor, shares: Tensor, alpha: float) -> tuple[Tensor, Tensor]
     solution, residual = gramian.new_empty(gramian.shape[:-1]), gramian.new_empty(gramian.shape[:-2])
     launch(fair_kernel, gramian, shares.contiguous(), solution, residual, POWER=1 / alpha)
     return solution, residual
+
+
+def nash(gramian: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
+    """See `gradsurgery.solvers.fair.nash`."""
+    return fair(gramian, preference, 1.0)
