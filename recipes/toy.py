@@ -42,7 +42,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gradsurgery import get_method, list_methods
 from gradsurgery.recipes.harness.benchmark import RecipeError
-from gradsurgery.recipes.harness.compare import command, parse_hparams
+from gradsurgery.recipes.harness.compare import command, free_folder, parse_hparams
 from gradsurgery.recipes.harness.pictures import LINES, new_figure
 from gradsurgery.recipes.harness.report import open_console, write_csv
 from gradsurgery.registry import (
@@ -599,17 +599,6 @@ def save_pictures(results: Sequence[Result], args: Args, variant: Variant, out: 
         picture(results, variant, Front(), clip, title).savefig(out / name, dpi=90)
 
 
-def free_folder(wanted: Path | None) -> Path:
-    """`wanted`, or beside it a new folder where that holds results."""
-    out = first = wanted or Path("runs/toy")
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"--out {out} is a file: expected a folder, or a path that is free.")
-    count = 2
-    while out.exists() and any(out.iterdir()):
-        out, count = first.with_name(f"{first.name}-{count}"), count + 1
-    return out
-
-
 def check(args: Args) -> None:
     if args.steps is not None and args.steps < 1:
         raise RecipeError(f"--steps {args.steps}: expected 1 or more.")
@@ -624,7 +613,7 @@ def compare(args: Args, console: Console | None = None) -> list[Result]:
     torch.set_num_threads(args.threads)
     variant, console = VARIANTS[args.variant], console or open_console()
     methods = prepare(args, variant)
-    out = free_folder(args.out)
+    out = free_folder(args.out or Path("runs/toy"))
     out.mkdir(parents=True, exist_ok=True)
     starts = "  ".join(f"{name} ({x:g}, {y:g})" for name, (x, y) in variant.starts.items())
     console.print(

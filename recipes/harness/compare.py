@@ -170,20 +170,31 @@ def parse_hparams(texts: Sequence[str], method: str, known: dict[str, set[str]])
 def _folder(options: Options, benchmark: Benchmark, console: Console) -> Path:
     """`options.out`, or a new folder beside it where that holds results which are not to be resumed."""
     out = options.out or Path("runs") / benchmark.name
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"--out {out} is a file: expected a folder, or a path that is free.")
-    used = out.exists() and any(out.iterdir())
-    if options.resume and not used:
+    new = free_folder(out)
+    if options.resume and new == out:
         console.print(f"There is nothing to resume in {out}/: starting anew.", highlight=False)
-    if options.resume or not used:
+    if options.resume or new == out:
         return out
-    count = 2
-    while (new := out.with_name(f"{out.name}-{count}")).exists():
-        count += 1
     console.print(
         f"{out}/ holds results already and is left alone: this run goes to {new}/ (--resume would continue {out}/).",
         highlight=False,
     )
+    return new
+
+
+def free_folder(out: Path) -> Path:
+    """`out`, or a new folder beside it where that holds results.
+
+    Raises:
+        RecipeError: it is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"--out {out} is a file: expected a folder, or a path that is free.")
+    if not (out.exists() and any(out.iterdir())):
+        return out
+    count = 2
+    while (new := out.with_name(f"{out.name}-{count}")).exists():
+        count += 1
     return new
 
 
