@@ -3,14 +3,14 @@
 import contextlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery.engines import Engine, make_engine
+from gradsurgery.engines import Engine, Subset, make_engine
 from gradsurgery.losses import Losses
 from gradsurgery.parameters import Blocks, Parameters, SharedParams, base_parameters
 from gradsurgery.registry import (
@@ -41,9 +41,16 @@ class MTLOptimizer(Optimizer):
             weights (B, T), both float64.
         shared_params: the parameters that the tasks share, as tensors or (name, tensor) pairs, all of them in
             ``base_opt``. None finds, in the first batch, those that more than one loss reaches.
-        engine: how per-task gradients are measured: ``"auto"``, ``"sequential"`` or an `Engine`.
+        engine: how per-task gradients are measured. ``"sequential"``: one backward pass a task, for any model.
+            ``"batched"``: all tasks in one pass, for models of small operators. ``"gramian"``: layer by layer, without
+            ever holding all gradients. ``"representation"``: gradients at the tensors where heads begin.
+            ``"auto"``: what is cheapest and exact. Or an `Engine` with its options.
         blocks: what surgery treats as one gradient: all shared parameters (``"model"``), each (``"tensor"``), each
             module's (``"module"``, which needs named parameters), or lists of parameters.
+        measure_on: some of the shared parameters, those of the last block, say: T short backward passes measure the
+            inner products of their gradients alone, and the weights act on all shared parameters by one ordinary
+            backward. It is exact where the method is defined so (GradNorm: the last shared layer), and an approximation
+            elsewhere: what a method guarantees, it guarantees on these parameters. None: all.
         heads: whether every other parameter takes the gradient of the plain sum of losses (``"unweighted"``) or of the
             weighted sum (``"weighted"``; with several blocks, by the mean weight over blocks). None: as the method's
             authors ran it (see `get_method`).
@@ -80,6 +87,7 @@ class MTLOptimizer(Optimizer):
         *,
         engine: str | Engine = "auto",
         blocks: Blocks = "model",
+        measure_on: Iterable[Tensor] | None = None,
         heads: HeadPolicy | None = None,
         update_every: int = 1,
         average: float = 0.0,
@@ -113,11 +121,16 @@ class MTLOptimizer(Optimizer):
                 f"update_every={update_every} takes ordinary backwards between solves, while {name} moves along rows "
                 "that it tracks from step to step, and has nothing to go by there. Use update_every=1."
             )
+        parameters = Parameters(base_opt, shared_params, blocks)
+        road = make_engine(engine, rule.needs)
+        if measure_on is not None:
+            road = Subset(road, parameters.subset(measure_on))
+        road.refuse(rule.needs, name, blocks=parameters.in_blocks)
         self.base_opt = base_opt
         self._surgery = Surgery(
             Rule(rule, name, update_every, torch.initial_seed() if seed is None else seed, heads or policy, average),
-            make_engine(engine),
-            Parameters(base_opt, shared_params, blocks),
+            road,
+            parameters,
         )
         for registry in _HOOKS:
             setattr(self, registry, OrderedDict())
@@ -170,6 +183,7 @@ class MTLOptimizer(Optimizer):
         self,
         losses: Losses,
         *,
+        representation: Tensor | Sequence[Tensor] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         independent: Sequence[Losses] | None = None,
     ) -> StepInfo:
@@ -178,6 +192,8 @@ class MTLOptimizer(Optimizer):
         Args:
             losses: one scalar a task, as a sequence, mapping or 1-D tensor; None, or a missing key, for a task that is
                 absent from this batch. The first call fixes the tasks.
+            representation: what the tasks share of the forward pass, a tensor or several: surgery on gradients with
+                respect to it, and one backward of what lies below (see `gradsurgery.engines.Representation`).
             scaler: the AMP scaler. Losses are given unscaled; the method sees unscaled gradients, and ``.grad`` is left
                 scaled for ``scaler.step(optimizer)``.
             independent: for the methods that learn their weights from independent samples (``sdmgrad``, ``modo``): the
@@ -190,7 +206,7 @@ class MTLOptimizer(Optimizer):
         Raises:
             TypeError, ValueError: the losses cannot be used (the message says why); nothing has been changed then.
         """
-        return self._surgery.backward(losses, scaler, independent)
+        return self._surgery.backward(losses, scaler, independent, representation)
 
     @torch._disable_dynamo
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -198,6 +214,7 @@ class MTLOptimizer(Optimizer):
         losses: Losses | Callable[[], Any] | None = None,
         *,
         closure: Callable[[], Any] | None = None,
+        representation: Tensor | Sequence[Tensor] | None = None,
         independent: Sequence[Losses] | None = None,
     ) -> Any:
         """One step of the base optimizer, after `backward` where losses are given.
@@ -207,6 +224,7 @@ class MTLOptimizer(Optimizer):
                 has done its own backward, as any torch closure. None: the gradients are there already; the method's
                 state is left alone.
             closure: the same, by torch's name.
+            representation: as in `backward`; a closure cannot have one.
             independent: as in `backward`.
 
         Returns:
@@ -218,6 +236,8 @@ class MTLOptimizer(Optimizer):
             raise RuntimeError("step() inside accumulate(): the rows are still being held; step after the block.")
         given = losses if losses is not None else closure
         result = None
+        if representation is not None and (given is None or callable(given)):
+            raise ValueError("step() got a representation, and no losses of the same forward pass beside it.")
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             if callable(given):
                 with torch.enable_grad():
@@ -227,7 +247,7 @@ class MTLOptimizer(Optimizer):
                 elif independent is not None:
                     raise ValueError("step() got independent batches, and its closure returned no losses.")
             elif given is not None:
-                self.backward(given, independent=independent)
+                self.backward(given, representation=representation, independent=independent)
             elif independent is not None:
                 raise ValueError("step() got independent batches and no losses to operate on.")
             self._base_step()

@@ -65,6 +65,27 @@ class Parameters:
             )
         return list(given.values())
 
+    def subset(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Some of the shared parameters, to measure on.
+
+        Raises:
+            TypeError, ValueError: none are given, or one is no tensor or is not among those named as shared.
+        """
+        chosen = list({id(p): p for p in params}.values())
+        if any(not isinstance(p, Tensor) for p in chosen):
+            raise TypeError("measure_on must hold tensors: some of the shared parameters.")
+        if not chosen:
+            raise ValueError(
+                "measure_on is empty (an exhausted generator, perhaps?). Pass some of the shared parameters."
+            )
+        known = {id(p) for p in (base_parameters(self._base) if self._named is None else self._named)}
+        if strangers := [p for p in chosen if id(p) not in known]:
+            raise ValueError(
+                f"{len(strangers)} of {len(chosen)} parameters of measure_on are not shared; the first: "
+                f"{self._describe(strangers[0])}. Pass some of the shared parameters, those of the last block, say."
+            )
+        return chosen
+
     def _describe(self, p: Tensor) -> str:
         return f"{self._names.get(p, 'unnamed')} {tuple(p.shape)}"
 
@@ -137,6 +158,11 @@ class Parameters:
         shared = {id(p) for p in self._all_shared()}
         candidates = [*base_parameters(self._base), *self._foreign]
         return [p for p in candidates if p.requires_grad and id(p) not in shared]
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether there may be more blocks than one."""
+        return self._blocks != "model"
 
     def blocks(self) -> list[list[Tensor]]:
         """The shared parameters, by block.

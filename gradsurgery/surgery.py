@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.engines import Engine, Measurement
+from gradsurgery.engines import Auto, Batch, Engine, Measurement, Representation
 from gradsurgery.engines.layout import Layout
 from gradsurgery.engines.scalar import split_backward, weighted_backward
 from gradsurgery.losses import Losses, TaskLosses, node_of, read_losses
@@ -57,9 +57,14 @@ class Surgery:
         return self._layouts[0]
 
     def backward(
-        self, losses: Losses, scaler: torch.amp.GradScaler | None, independent: Sequence[Losses] | None
+        self,
+        losses: Losses,
+        scaler: torch.amp.GradScaler | None,
+        independent: Sequence[Losses] | None,
+        representation: Tensor | Sequence[Tensor] | None,
     ) -> StepInfo:
         """See `MTLOptimizer.backward`."""
+        engine = self.engine if representation is None else self._at(representation)
         read = read_losses(losses, self.rule.tasks)
         due = self._due(read)
         samples = self._read_samples(read, independent, due=due)
@@ -73,7 +78,8 @@ class Surgery:
             if self.holding:
                 return self._hold([read, *samples], grad_scale, due=due)
             if gradients and due:
-                self.info = self._apply(read, self._measure([read, *samples], grad_scale), grad_scale)
+                measured = self._measure([read, *samples], grad_scale, engine)
+                self.info = self._apply(read, measured, grad_scale)
             else:
                 self.info = self._weighted(read, self._next_weights(read), grad_scale)
         except BaseException:
@@ -86,8 +92,33 @@ class Surgery:
         """See `MTLOptimizer.observe`."""
         self.rule.observe(read_losses(losses, self.rule.tasks, graph=False))
 
+    def _at(self, representation: Tensor | Sequence[Tensor]) -> Engine:
+        """The engine that operates at a representation."""
+        if self.holding:
+            raise RuntimeError("A representation belongs to one micro-batch: leave it out inside accumulate().")
+        if isinstance(self.engine, Auto):
+            engine = Representation()
+            engine.refuse(self.rule.method.needs, self.rule.name, blocks=self.parameters.in_blocks)
+        elif isinstance(self.engine, Representation):
+            engine = self.engine
+        else:
+            raise ValueError(
+                f"engine={self.engine.name!r} goes by the parameters' gradients and has no use for a representation. "
+                "Leave it out, or use engine='representation' (or 'auto')."
+            )
+        return engine.given(representation)
+
     def hold(self) -> None:
-        """From now on, `backward` only adds to the rows."""
+        """From now on, `backward` only adds to the rows.
+
+        Raises:
+            RuntimeError: the engine has no rows to add to.
+        """
+        if not self.engine.holds:
+            raise RuntimeError(
+                f"accumulate() adds up the rows of micro-batches, and engine={self.engine.name!r} has none. Use "
+                "engine='auto', 'sequential' or 'batched'."
+            )
         self.drop()
         self.holding = True
 
@@ -191,21 +222,21 @@ class Surgery:
                 )
             self._layouts, self._signature = layouts, signature
 
-    def _measure(self, batches: Sequence[TaskLosses], grad_scale: Tensor | None) -> list[Measurement]:
+    def _measure(self, batches: Sequence[TaskLosses], grad_scale: Tensor | None, engine: Engine) -> list[Measurement]:
         """Of the batch that moves the model, and of independent ones, of which heads learn nothing."""
         task_specific, held = self.parameters.task_specific(), self._held or [None] * len(batches)
         measured = []
         for n, (losses, rows) in enumerate(zip(batches, held, strict=True)):
-            own = task_specific if n == 0 else []
-            measured.append(self.engine.measure(losses, self._layouts[n], own, grad_scale=grad_scale, held=rows))
+            batch = Batch(losses, self._layouts[n], task_specific if n == 0 else [], grad_scale)
+            measured.append(engine.measure(batch, rows))
         return measured
 
     def _hold(self, batches: Sequence[TaskLosses], grad_scale: Tensor | None, *, due: bool) -> StepInfo:
         """A micro-batch: into the rows, or between two solves of ``update_every`` straight into ``.grad``."""
         losses = batches[0]
         if due:
-            self._held = self._measure(batches, grad_scale)
-            info = StepInfo(losses.tasks, losses.values, None, None, None, self.engine.name)
+            self._held = self._measure(batches, grad_scale, self.engine)
+            info = StepInfo(losses.tasks, losses.values, None, None, None, self._held[0].engine)
         else:
             if self._held_weights is None:
                 self._held_weights = self.rule.cached(count=False)
@@ -222,7 +253,7 @@ class Surgery:
 
     def _operate(self, losses: TaskLosses, measured: Sequence[Measurement], grad_scale: Tensor | None) -> StepInfo:
         batch, *samples = measured
-        method, name = self.rule.method, self.engine.name
+        method, name = self.rule.method, batch.engine
         if Needs.COLUMNS in method.needs:
             batch.write_columns(self.rule.columns(losses))
             return StepInfo(losses.tasks, losses.values, None, None, None, name)
@@ -252,7 +283,7 @@ class Surgery:
         finite, gradients = weights.isfinite().all(), method.acts_on == "gradients"
         rows = self._tracked.committed(track, grad_scale, finite, gradients=gradients)
         measured.write(weights, self._head_weights(weights, gramian, diagnostics), rows)
-        return _info(losses, weights, None, diagnostics, self.engine.name)
+        return _info(losses, weights, None, diagnostics, measured.engine)
 
     def _head_weights(self, weights: Tensor, gramian: Tensor | None, diagnostics: dict[str, Tensor]) -> Tensor | None:
         """(T,) of the task-specific parameters: the method's own, or the mean over the blocks that the losses reach;
@@ -277,8 +308,7 @@ class Surgery:
         if self.rule.heads == "weighted":
             weighted_backward(losses, weights[0], grad_scale=grad_scale)
         else:
-            task_specific = self.parameters.task_specific()
-            split_backward(losses, weights[0], self.layout.params, task_specific, grad_scale=grad_scale)
+            split_backward(Batch(losses, self.layout, self.parameters.task_specific(), grad_scale), weights[0])
         return _info(losses, weights, None, {}, "weighted")
 
 

@@ -1,16 +1,42 @@
 """Engines: how per-task statistics are measured and weights applied. A new engine is one file and a line here."""
 
-from gradsurgery.engines.engine import Engine, Measurement, RowMap
+from gradsurgery.engines.auto import Auto
+from gradsurgery.engines.batched import Batched
+from gradsurgery.engines.engine import Batch, Engine, Measurement, RowMap
+from gradsurgery.engines.gramian import Gramian
+from gradsurgery.engines.representation import Representation
+from gradsurgery.engines.rules import LayerRule, gramian_rule
 from gradsurgery.engines.sequential import Sequential
+from gradsurgery.engines.subset import Subset
 from gradsurgery.registry import closest
+from gradsurgery.stats import Needs
 
-__all__ = ["ENGINES", "Engine", "Measurement", "RowMap", "Sequential", "make_engine"]
+__all__ = [
+    "ENGINES",
+    "Auto",
+    "Batch",
+    "Batched",
+    "Engine",
+    "Gramian",
+    "LayerRule",
+    "Measurement",
+    "Representation",
+    "RowMap",
+    "Sequential",
+    "Subset",
+    "gramian_rule",
+    "make_engine",
+]
 
-ENGINES: dict[str, type[Engine]] = {"sequential": Sequential}
+ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Sequential, Batched, Gramian, Representation)}
 
 
-def make_engine(engine: str | Engine) -> Engine:
-    """The engine of that name, with its default options; ``"auto"`` is ``"sequential"``, which takes any model.
+def make_engine(engine: str | Engine, needs: Needs) -> Engine:
+    """The engine of that name, with its default options.
+
+    Args:
+        engine: a name, ``"auto"``, or an engine.
+        needs: of the method, which ``"auto"`` goes by.
 
     Raises:
         ValueError: no such engine; the message lists the close names.
@@ -20,7 +46,8 @@ def make_engine(engine: str | Engine) -> Engine:
         return engine
     if not isinstance(engine, str):
         raise TypeError(f"engine must be a name or an Engine; got {type(engine).__name__}.")
-    name = "sequential" if engine == "auto" else engine
-    if name not in ENGINES:
+    if engine == "auto":
+        return Auto(rows=bool(needs & (Needs.COLUMNS | Needs.TRACKED | Needs.CROSS)))
+    if engine not in ENGINES:
         raise ValueError(f"There is no engine named {engine!r}. {closest(engine, ['auto', *ENGINES])}")
-    return ENGINES[name]()
+    return ENGINES[engine]()

@@ -1,7 +1,11 @@
 """Where each shared parameter lies in a flat row of gradients."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,6 +15,8 @@ ALIGNMENT = 32
 # Elements. On the CPU a direction is made in pieces of this size: malloc returns a larger block to the system when it
 # is freed, and faulting it in again costs three times the arithmetic.
 PIECE = 1 << 18
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Layout:
 
     Attributes:
         params: the P parameters, ordered by block.
+        block_of: (P) the block of each.
         bounds: B + 1 ends of the blocks, in elements.
         dtype: of a row: the widest among the parameters.
         device: of all of them.
@@ -37,6 +44,7 @@ class Layout:
 
     def __init__(self, blocks: Sequence[Sequence[Tensor]]):
         self.params = [p for block in blocks for p in block]
+        self.block_of = [b for b, block in enumerate(blocks) for _ in block]
         self.dtype = _common_dtype(self.params)
         self.device = _common_device(self.params)
         self.bounds = [0]
@@ -70,7 +78,7 @@ class Layout:
         """B, their number."""
         return len(self.bounds) - 1
 
-    def has_blocks_of(self, other: "Layout") -> bool:
+    def has_blocks_of(self, other: Layout) -> bool:
         """Whether the same parameters lie in the same blocks there."""
         return self.bounds == other.bounds and list(map(id, self.params)) == list(map(id, other.params))
 
@@ -130,3 +138,13 @@ def _common_device(params: Iterable[Tensor]) -> torch.device:
             "meet on one: move them, or pass as shared_params those of one device."
         )
     return devices.pop()
+
+
+class PerLayout(WeakKeyDictionary[Layout, Entry]):
+    """What an engine has found out about models, forgotten with their layouts: no copy or pickle of it has any."""
+
+    def __deepcopy__(self, memo: object) -> PerLayout[Entry]:
+        return PerLayout()
+
+    def __reduce__(self) -> tuple[type[PerLayout[Entry]], tuple[()]]:
+        return PerLayout, ()

@@ -1,11 +1,9 @@
 """The ordinary backward pass of the weighted sum, for weights that are known beforehand."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from gradsurgery.engines.sequential import seed_like
+from gradsurgery.engines.engine import Batch, seed_like
 from gradsurgery.losses import TaskLosses
 
 
@@ -21,23 +19,22 @@ def weighted_backward(losses: TaskLosses, weights: Tensor, *, grad_scale: Tensor
     torch.autograd.backward(outputs, seeds)
 
 
-def split_backward(
-    losses: TaskLosses,
-    weights: Tensor,
-    shared: Sequence[Tensor],
-    task_specific: Sequence[Tensor],
-    *,
-    grad_scale: Tensor | None,
-) -> None:
-    """As `weighted_backward` on ``shared``, while ``task_specific`` get the gradient of the plain sum.
+def split_backward(batch: Batch, weights: Tensor, head_weights: Tensor | None = None) -> None:
+    """As `weighted_backward` on the shared parameters, while the task-specific ones get weights of their own.
 
     It passes the heads twice and the shared trunk once.
+
+    Args:
+        batch: whose graph is freed.
+        weights: (T,), of the shared parameters.
+        head_weights: (T,), of the others; None: the gradient of the plain sum.
     """
-    if task_specific:
-        outputs, ones = _seeds(losses, torch.ones_like(weights), grad_scale)
-        torch.autograd.backward(outputs, ones, inputs=list(task_specific), retain_graph=True)
-    outputs, seeds = _seeds(losses, weights, grad_scale)
-    torch.autograd.backward(outputs, seeds, inputs=list(shared))
+    if batch.task_specific:
+        own = torch.ones_like(weights) if head_weights is None else head_weights
+        outputs, seeds = _seeds(batch.losses, own, batch.grad_scale)
+        torch.autograd.backward(outputs, seeds, inputs=list(batch.task_specific), retain_graph=True)
+    outputs, seeds = _seeds(batch.losses, weights, batch.grad_scale)
+    torch.autograd.backward(outputs, seeds, inputs=list(batch.layout.params))
 
 
 def _seeds(losses: TaskLosses, weights: Tensor, grad_scale: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:

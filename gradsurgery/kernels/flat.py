@@ -37,8 +37,8 @@ def gramian(jacobian: Tensor, bounds: Sequence[int], other: Tensor | None = None
 def block_gramian(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """Inner products (T, T) float64 of one block's rows (T, n) with those of others (T, n), or among themselves."""
     whole = rows.shape[1] // CHUNK * CHUNK
-    tail = _accumulable(rows[:, whole:])
-    total = (tail @ (tail if others is None else _accumulable(others[:, whole:])).mT).double()
+    tail = accumulable(rows[:, whole:])
+    total = (tail @ (tail if others is None else accumulable(others[:, whole:])).mT).double()
     if whole:
         chunks = _chunks(rows[:, :whole])
         against = chunks if others is None else _chunks(others[:, :whole])
@@ -47,10 +47,11 @@ def block_gramian(rows: Tensor, others: Tensor | None = None) -> Tensor:
 
 
 def _chunks(rows: Tensor) -> Tensor:
-    return _accumulable(rows.view(len(rows), -1, CHUNK).transpose(0, 1))
+    return accumulable(rows.view(len(rows), -1, CHUNK).transpose(0, 1))
 
 
-def _accumulable(rows: Tensor) -> Tensor:
+def accumulable(rows: Tensor) -> Tensor:
+    """In a dtype whose products can be summed: half precision is widened."""
     return rows.float() if rows.dtype in HALF else rows
 
 

@@ -1,0 +1,68 @@
+"""All tasks' backward passes as one, by `torch.vmap`: what launching T passes of small operators costs is paid once."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from gradsurgery.engines.check import Checked
+from gradsurgery.engines.cut import Cut, cut
+from gradsurgery.engines.engine import Batch, Measurement
+from gradsurgery.engines.flow import flow
+from gradsurgery.engines.graph import leaf
+from gradsurgery.engines.rows import Gradients, Rows
+from gradsurgery.engines.sequential import Sequential
+
+
+class Batched(Checked):
+    """Heads are passed one by one, and the part that tasks share by all of them at once.
+
+    The first step is compared with `Sequential`, which takes over, with a warning, where vmap is wrong, fails, or has
+    no rule for an operator and would loop over it.
+
+    Args:
+        chunk_size: tasks a pass, against memory; None: all of them.
+
+    Raises:
+        ValueError: a chunk of no task.
+    """
+
+    name: ClassVar[str] = "batched"
+
+    def __init__(self, chunk_size: int | None = None):
+        super().__init__(Sequential())
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be 1 task or more, or None for all at once; got {chunk_size}.")
+        self.chunk_size = chunk_size
+
+    def _measure(self, batch: Batch, held: Measurement | None) -> Rows:
+        parts = cut(batch)
+        rows = held if isinstance(held, Rows) else Rows(parts.T, batch.layout, self.name)
+        wanted = {id(p) for p in (*batch.layout.params, *parts.foreign)}
+        inside = [p for node in parts.order if (p := leaf(node)) is not None and id(p) in wanted]
+        size = self.chunk_size or len(parts.present)
+        for first in range(0, len(parts.present), size):
+            chunk = slice(first, first + size)
+            retain = batch.retain or first + size < len(parts.present)
+            found = flow(parts.edges, [seed[chunk] for seed in parts.seeds], inside, retain=retain, fallback=False)
+            _put(rows, batch, parts, chunk, dict(zip(inside, found, strict=True)))
+        return rows
+
+    def _fault(self, measured: Rows, batch: Batch, expected: Tensor, tolerance: Tensor) -> str | None:
+        off = (measured.sketch(batch.losses.present) - expected).abs() > tolerance[:, None]
+        if not bool(off.any()):
+            return None
+        shapes = [tuple(batch.layout.params[n].shape) for n in off.any(dim=0).nonzero().flatten().tolist()]
+        return f"its gradients differ from plain ones, at {len(shapes)} parameters, the last of shape {shapes[-1]}."
+
+
+def _put(rows: Rows, batch: Batch, parts: Cut, chunk: slice, found: dict[Tensor, Tensor | None]) -> None:
+    for p, direct in parts.direct.items():
+        g = found.get(p)
+        found[p] = direct[chunk] if g is None else g + direct[chunk]
+    apart = {p: g.unbind() for p, g in found.items() if g is not None}
+    for k, t in enumerate(parts.present[chunk]):
+        shared: Gradients = [apart[p][k] if p in apart else None for p in batch.layout.params]
+        foreign = [(p, apart[p][k].clone()) for p in parts.foreign if p in apart]
+        rows.put(t, shared, [*parts.own[t].items(), *foreign], ours=False)

@@ -1,0 +1,107 @@
+"""An engine's first step beside plain backward passes, since vmap is wrong for some operators and fails for others.
+
+Gradients are compared by random projections, parameter by parameter: two vectors that differ have equal projections on
+a Gaussian one with probability 0, and nothing of the size of J is held.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from gradsurgery.engines.engine import Batch, Engine, Measurement
+from gradsurgery.engines.graph import survey
+from gradsurgery.engines.layout import PerLayout
+
+# Largest differences of projections, as a share of the task's gradient, that are put down to rounding.
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+CAST = 5e-2
+
+
+def project(n: int, rows: Sequence[Tensor]) -> Tensor:
+    """Projections (K,) float64 of K gradients of a layout's parameter ``n`` on one random vector."""
+    device = rows[0].device
+    direction = torch.randn(rows[0].numel(), generator=Generator(device).manual_seed(n), device=device)
+    return torch.stack([row.reshape(-1).double() @ direction.double() for row in rows])
+
+
+class Checked(Engine):
+    """An engine that compares itself with one backward pass a task before it is trusted with a model; where it is
+    wrong, or fails, the engine ``instead`` runs from then on.
+
+    Args:
+        instead: what takes over.
+    """
+
+    def __init__(self, instead: Engine):
+        self._instead = instead
+        self._trusted: PerLayout[bool] = PerLayout()
+
+    @abc.abstractmethod
+    def _measure(self, batch: Batch, held: Measurement | None) -> Measurement:
+        """`Engine.measure`, unchecked."""
+
+    @abc.abstractmethod
+    def _fault(self, measured: Any, batch: Batch, expected: Tensor, tolerance: Tensor) -> str | None:
+        """What is wrong with a measurement, if anything is; it stays fit for use, and the graph as it was.
+
+        Args:
+            measured: what `_measure` returned.
+            batch: whose graph is retained.
+            expected: (K, P), `project` of the present tasks' gradients.
+            tolerance: (K,), how far a projection may be off.
+        """
+
+    def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
+        if batch.layout not in self._trusted and held is None:
+            measured = self._first(batch)
+            if measured is not None:
+                return measured
+        trusted = self._trusted.get(batch.layout, False)
+        return self._measure(batch, held) if trusted else self._instead.measure(batch, held)
+
+    def _first(self, batch: Batch) -> Measurement | None:
+        """A measurement that has been found right; None where there is none."""
+        expected = _expected(batch)
+        if not bool(expected.isfinite().all()):
+            return None
+        scale = expected.square().sum(dim=1).sqrt()
+        kept = dataclasses.replace(batch, retain=True)
+        try:
+            measured = self._measure(kept, None)
+            fault = self._fault(measured, kept, expected, _tolerance(batch) * scale)
+        except Exception as error:
+            measured, fault = None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self._trusted[batch.layout] = fault is None
+        if fault is None:
+            return measured
+        warnings.warn(
+            f"engine={self.name!r} cannot be used on this model, and {self._instead.name!r} runs instead: {fault} "
+            f"Numbers are right either way; pass engine={self._instead.name!r} to be spared the check.",
+            stacklevel=6,
+        )
+        return None
+
+
+def _expected(batch: Batch) -> Tensor:
+    """`project` of the present tasks' gradients, (K, P), one backward pass a task."""
+    zero = torch.zeros((), dtype=torch.float64, device=batch.layout.device)
+
+    def sketch(task: int) -> Tensor:
+        found = batch.gradients(task, batch.layout.params, retain=True)
+        return torch.stack([zero if g is None else project(n, [g.to_dense()])[0] for n, g in enumerate(found)])
+
+    return torch.stack([sketch(task) for task in batch.losses.present])
+
+
+def _tolerance(batch: Batch) -> float:
+    """Of the narrowest arithmetic in the graph; a cast there, autocast's perhaps, counts as half precision."""
+    if any(node.name() == "ToCopyBackward0" for node in survey(batch.losses.outputs).order):
+        return CAST
+    return max(TOLERANCE.get(p.dtype, CAST) for p in batch.layout.params)

@@ -1,0 +1,138 @@
+"""Surgery on gradients with respect to what the tasks share of the forward pass, and one backward of the trunk.
+
+MGDA-UB (Sener and Koltun, NeurIPS 2018, eq. 4) and the ``rep_grad`` mode of later code: the T backward passes end where
+the heads begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from gradsurgery import kernels
+from gradsurgery.engines.cut import Cut, cut
+from gradsurgery.engines.engine import Batch, Engine, Measurement, RowMap, spread
+from gradsurgery.engines.graph import Edge, Graph, below, leaf, survey
+from gradsurgery.stats import Needs
+
+Reduce = Literal["none", "sum"]
+
+
+class Representation(Engine):
+    """Heads are passed once a task, the trunk once.
+
+    Exact: the trunk's gradient is ``sum_t w_t dL_t/dz`` pulled back, heads take what they take under any engine, and
+    tasks whose gradients agree or vanish at z do so at the parameters. An upper bound: weights come from inner products
+    at z. With ``dz/dp`` of norm s, ``|sum_t w_t dL_t/dp| <= s |sum_t w_t dL_t/dz|``, so that a point that is Pareto
+    stationary at z is so at the parameters; gradients that conflict at z may agree at the parameters, and the other way
+    round, so a method's guarantees (no conflict, equal projections) hold at z alone.
+
+    Args:
+        reduce: ``"none"``: a gradient is all of dL_t/dz, batch and features side by side, as MGDA's authors have it.
+            ``"sum"``: inner products are those of dL_t/dz summed over the batch (its first axis), as LibMTL has it,
+            which forgets what cancels between samples; the weights act on the whole of dL_t/dz all the same.
+        at: where z lies in this step's graph; None finds it: the tensors at which the tasks' own parts of the graph
+            enter the part that several share.
+
+    Raises:
+        ValueError: another reduction.
+    """
+
+    name: ClassVar[str] = "representation"
+    holds: ClassVar[bool] = False
+
+    def __init__(self, reduce: Reduce = "none", at: Sequence[Edge] | None = None):
+        if reduce not in ("none", "sum"):
+            raise ValueError(f"reduce must be 'none' or 'sum'; got {reduce!r}.")
+        self.reduce: Reduce = reduce
+        self.at = at
+
+    def given(self, representation: Tensor | Sequence[Tensor]) -> Representation:
+        """This engine, for a step whose z is known."""
+        tensors = [representation] if isinstance(representation, Tensor) else list(representation)
+        if not tensors or any(not isinstance(z, Tensor) or not z.requires_grad for z in tensors):
+            raise ValueError(
+                "representation must be a tensor, or several, of the forward pass that led to the losses, with its "
+                "graph; got " + ("none." if not tensors else "one that is detached, or no tensor.")
+            )
+        edges = [get_gradient_edge(z) for z in tensors]
+        return Representation(self.reduce, [(edge.node, edge.output_nr) for edge in edges])
+
+    def refuse(self, needs: Needs, name: str, *, blocks: bool) -> None:
+        if needs & (Needs.TRACKED | Needs.CROSS):
+            raise ValueError(
+                f"{name} compares gradients of different batches, and those at a representation belong to the samples "
+                "of one. Use engine='sequential'."
+            )
+        if blocks:
+            raise ValueError(
+                "Blocks are of shared parameters, and engine='representation' has no gradients of theirs: "
+                "leave blocks at 'model', or use engine='sequential'."
+            )
+
+    def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
+        graph = survey(batch.losses.outputs)
+        if self.at is not None:
+            _check_reach(graph, self.at, batch)
+        return AtRepresentation(cut(batch, graph, self.at), batch.layout.params, self.reduce, retain=batch.retain)
+
+
+class AtRepresentation(Measurement):
+    """Gradients of a batch at its representation."""
+
+    engine = "representation"
+
+    def __init__(self, parts: Cut, shared: Sequence[Tensor], reduce: Reduce, *, retain: bool):
+        self._cut, self._shared, self._reduce, self._retain = parts, shared, reduce, retain
+
+    def gramian(self, of: RowMap | None = None) -> Tensor:
+        assert of is None
+        parts = self._cut
+        summed = self._reduce == "sum"
+        rows = [seed.sum(dim=1) if summed and seed.ndim > 1 else seed for seed in parts.seeds]
+        flat = [row.flatten(1) if row.ndim > 1 else row[:, None] for row in (*rows, *parts.direct.values())]
+        total = torch.stack([kernels.block_gramian(row) for row in flat]).sum(dim=0)
+        return spread(total[None], parts.present, parts.T, axes=(1, 2))
+
+    def cross_gramian(self, other: Measurement) -> Tensor:
+        raise NotImplementedError  # `Representation.refuse` keeps such methods away.
+
+    def write(self, weights: Tensor, head_weights: Tensor | None, of: RowMap | None = None) -> None:
+        assert of is None
+        self._cut.write_heads(head_weights)
+        self._cut.pull(self._cut.weighted(weights[0]), self._shared, retain=self._retain)
+
+    def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
+        def direct(rows: Tensor) -> Tensor:
+            return columns(spread(rows.flatten(1), self._cut.present, self._cut.T)).reshape(rows.shape[1:])
+
+        self._cut.write_heads(None)
+        self._cut.pull(direct, self._shared, retain=self._retain)
+
+
+def _check_reach(graph: Graph, at: Sequence[Edge], batch: Batch) -> None:
+    """Raises ValueError where a loss reaches shared parameters past the representation, or it reaches none."""
+    stops, shared = set(at), {id(p) for p in batch.layout.params}
+    passed = {root[0] for root in graph.roots if root is not None and root not in stops}
+    for node in graph.order:
+        if node in passed:
+            passed.update(
+                target for target, nr in node.next_functions if target is not None and (target, nr) not in stops
+            )
+    around = [p for node in passed if (p := leaf(node)) is not None and id(p) in shared]
+    if around:
+        raise ValueError(
+            f"{len(around)} shared parameters (one of shape {tuple(around[0].shape)}) are reached by losses past the "
+            "representation, so its gradient is not all of theirs. Pass every tensor at which heads begin, leave those "
+            "parameters out of shared_params, or use engine='sequential'."
+        )
+    inside = below(graph.order, (node for node, _ in at))
+    if not any(node in graph.tasks and id(leaf(node)) in shared for node in inside):
+        raise ValueError(
+            "No shared parameter lies below the representation in the losses' graph: pass the trunk's output itself, "
+            "not a detached copy or a tensor of another forward."
+        )

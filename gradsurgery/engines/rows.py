@@ -1,0 +1,116 @@
+"""Per-task gradients as rows of one matrix: J (T, d), written once and read twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from gradsurgery import kernels
+from gradsurgery.engines.check import project
+from gradsurgery.engines.engine import Measurement, RowMap, accumulate, add
+from gradsurgery.engines.layout import Layout, Piece
+
+Gradients = Sequence[Tensor | None]
+
+
+class Rows(Measurement):
+    """Per-task gradients: those of shared parameters as rows of one matrix, the others parameter by parameter."""
+
+    def __init__(self, T: int, layout: Layout, engine: str):
+        self.engine = engine
+        self._layout = layout
+        self._rows = layout.rows(T)
+        self._views = layout.row_views(T)
+        self._filled = [False] * T
+        self._reached = [False] * len(layout.params)
+        self._own: list[dict[Tensor, Tensor]] = [{} for _ in range(T)]
+        self._spare: Gradients = [None] * len(layout.params)
+
+    def put(self, task: int, shared: Gradients, own: Iterable[tuple[Tensor, Tensor | None]], *, ours: bool) -> None:
+        """Adds a task's gradients: None stands for a parameter that its loss does not reach.
+
+        Args:
+            task: its row.
+            shared: gradients of the layout's parameters.
+            own: other parameters with their gradients.
+            ours: whether nothing else shares the gradients' memory, so that it may be written to.
+        """
+        self._reached = [seen or g is not None for seen, g in zip(self._reached, shared, strict=True)]
+        if self._filled[task]:
+            _add(self._views[task], shared)
+        else:
+            _copy(self._views[task], shared)
+            self._filled[task] = True
+        kept = self._own[task]
+        for p, g in own:
+            if g is not None:
+                kept[p] = add(kept[p], g) if p in kept else (g if ours else g.clone())
+        if ours:
+            self._spare = shared
+
+    def sketch(self, tasks: Sequence[int]) -> Tensor:
+        """`project` of these tasks' rows: (K, P)."""
+        views = [self._views[t] for t in tasks]
+        columns = [project(n, [row[n] for row in views]) for n in range(len(self._layout.params))]
+        return torch.stack(columns, dim=1)
+
+    def _complete(self) -> Tensor:
+        for task, filled in enumerate(self._filled):
+            if not filled:
+                self._rows[task].zero_()
+                self._filled[task] = True
+        return self._rows
+
+    def gramian(self, of: RowMap | None = None) -> Tensor:
+        rows = self._complete()
+        if of is None:
+            return kernels.gramian(rows, self._layout.bounds)
+        total = torch.zeros(self._layout.blocks, len(rows), len(rows), dtype=torch.float64, device=rows.device)
+        for piece in self._layout.pieces:
+            total[piece.block] += kernels.block_gramian(of(piece, rows[:, piece.start : piece.stop]))
+        return total
+
+    def cross_gramian(self, other: Measurement) -> Tensor:
+        assert isinstance(other, Rows)
+        return kernels.gramian(self._complete(), self._layout.bounds, other._complete())
+
+    def write(self, weights: Tensor, head_weights: Tensor | None, of: RowMap | None = None) -> None:
+        def combine(piece: Piece, rows: Tensor) -> Tensor:
+            weight = weights[piece.block if len(weights) > 1 else 0]
+            if of is not None:
+                return kernels.combine_block(weight, of(piece, rows))
+            return kernels.combine_block(weight, rows, self._layout.memory(piece, self._spare))
+
+        self._write(combine, head_weights)
+
+    def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
+        self._write(lambda piece, rows: columns(rows), None)
+
+    def _write(self, direct: Callable[[Piece, Tensor], Tensor], head_weights: Tensor | None) -> None:
+        rows = self._complete()
+        for piece in self._layout.pieces:
+            direction = direct(piece, rows[:, piece.start : piece.stop])
+            views = self._layout.views(direction, piece)
+            span = slice(piece.first, piece.last)
+            reached = zip(self._layout.params[span], views, self._reached[span], strict=True)
+            accumulate([(p, view) for p, view, seen in reached if seen])
+        for task, own in enumerate(self._own):
+            if own and head_weights is not None:
+                torch._foreach_mul_(list(own.values()), head_weights[task])
+            accumulate(own.items())
+
+
+def _copy(views: Sequence[Tensor], gradients: Gradients) -> None:
+    if all(g is not None and g.layout is torch.strided for g in gradients):
+        torch._foreach_copy_(views, gradients)  # pyright: ignore[reportArgumentType]
+        return
+    for view, g in zip(views, gradients, strict=True):
+        view.zero_() if g is None else view.copy_(g.to_dense())
+
+
+def _add(views: Sequence[Tensor], gradients: Gradients) -> None:
+    for view, g in zip(views, gradients, strict=True):
+        if g is not None:
+            view.add_(g.to_dense())

@@ -1,0 +1,200 @@
+"""Gramians of layers whose weight gradients are never formed.
+
+A layer's weight gradient is a product of what went into it and of the gradient at its output, and so are the inner
+products of several tasks' weight gradients (Goodfellow, arXiv 1510.01799, for norms; Rochette et al., 1912.06015, for
+convolutions). A rule belongs to an operator, since that is what a graph knows: it holds for a module and for a
+functional call alike.
+
+With N positions (batch, sequence or image), activations ``A (N, a)`` and output gradients ``D_t (N, b)``, the weight
+gradient is ``D_t^T A`` and ``<D_s^T A, D_t^T A> = sum(D_s * (A A^T D_t))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from gradsurgery import kernels
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What an operator's node tells of its weight's Gramian.
+
+    Attributes:
+        weight: which of the node's inputs the weight is.
+        bias: which the bias is; None where there is none.
+        channels: the axis of the output (from the left, the batch being 0) that a bias runs along.
+        takes: whether the rule holds for that node.
+        costs: (node, K) -> multiply-adds of the Gramian of K tasks by the rule, and by forming the weight gradients.
+        gramian: (node, D (K, *output)) -> (K, K) float64.
+    """
+
+    weight: int
+    bias: int | None
+    channels: int
+    takes: Callable[[Any], bool]
+    costs: Callable[[Any, int], tuple[float, float]]
+    gramian: Callable[[Any, Tensor], Tensor]
+
+    def bias_rows(self, D: Tensor) -> Tensor:
+        """Gradients (K, b) of the bias, of output gradients D (K, *output)."""
+        axis = self.channels % (D.ndim - 1) + 1
+        return D.sum([n for n in range(1, D.ndim) if n != axis])
+
+
+RULES: dict[str, LayerRule] = {}
+
+
+def gramian_rule(
+    operator: str,
+    *,
+    weight: int,
+    bias: int | None = None,
+    channels: int = -1,
+    takes: Callable[[Any], bool],
+    costs: Callable[[Any, int], tuple[float, float]],
+) -> Callable[[Callable[[Any, Tensor], Tensor]], Callable[[Any, Tensor], Tensor]]:
+    """Registers a function as the rule of an operator; see `LayerRule` for the arguments.
+
+    Args:
+        operator: the name of its node, such as ``"AddmmBackward0"``.
+
+    Raises:
+        ValueError: it has one.
+
+    Example:
+        >>> @gramian_rule("MmBackward0", weight=1, takes=..., costs=...)  # doctest: +SKIP
+        ... def matrix_product(node, D):
+        ...     return products(node._saved_self, D)
+    """
+
+    def register(gramian: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+        if operator in RULES:
+            raise ValueError(f"There is a rule for {operator} already.")
+        RULES[operator] = LayerRule(weight, bias, channels, takes, costs, gramian)
+        return gramian
+
+    return register
+
+
+def rule_of(node: Node, K: int, gain: float = 1.0) -> LayerRule | None:
+    """The rule of a node, if it holds there and costs less than ``gain`` times forming K weight gradients."""
+    rule = RULES.get(node.name())
+    if rule is None or not rule.takes(node):
+        return None
+    by_rule, formed = rule.costs(node, K)
+    return rule if by_rule < gain * formed else None
+
+
+def saved(node: Any, *names: str) -> bool:
+    """Whether the node holds those tensors as they are: unpacking what a hook packed (checkpointing, offloading) is the
+    backward pass's own affair."""
+    return all(getattr(getattr(node, f"_raw_saved_{name}", None), "unpack_hook", True) is None for name in names)
+
+
+def products(A: Tensor, D: Tensor) -> Tensor:
+    """Inner products (K, K) of ``D_t^T A``, for activations A (N, a) and output gradients D (K, N, b)."""
+    A, D = kernels.accumulable(A), kernels.accumulable(D)
+    return kernels.block_gramian(D.flatten(1), torch.matmul(A @ A.mT, D).flatten(1))
+
+
+def product_costs(N: int, a: int, b: int, K: int) -> tuple[float, float]:
+    """Multiply-adds by `products`, and by K weight gradients (b, a)."""
+    return N * N * (a + K * b) + K * K * N * b, K * a * b * (N + K)
+
+
+def _linear_costs(A: Sequence[int], b: int, K: int) -> tuple[float, float]:
+    return product_costs(A[0], A[1], b, K)
+
+
+@gramian_rule(
+    "AddmmBackward0",
+    weight=2,
+    bias=0,
+    takes=lambda node: node._saved_alpha == node._saved_beta == 1 and saved(node, "mat1"),
+    costs=lambda node, K: _linear_costs(node._saved_mat1.shape, node._input_metadata[0].shape[1], K),
+)
+def linear(node: Any, D: Tensor) -> Tensor:
+    """``bias + A W``."""
+    return products(node._saved_mat1, D)
+
+
+@gramian_rule(
+    "MmBackward0",
+    weight=1,
+    takes=lambda node: saved(node, "self"),
+    costs=lambda node, K: _linear_costs(node._saved_self.shape, node._input_metadata[0].shape[1], K),
+)
+def matrix_product(node: Any, D: Tensor) -> Tensor:
+    """``A W``."""
+    return products(node._saved_self, D)
+
+
+def _is_plain_convolution(node: Any) -> bool:
+    return (
+        saved(node, "input")
+        and node._saved_groups == 1
+        and not node._saved_transposed
+        and len(node._saved_stride) == 2
+        and node._saved_input.ndim == 4
+    )
+
+
+def _convolution_costs(node: Any, K: int) -> tuple[float, float]:
+    out, weight = node._input_metadata[0].shape, node._saved_weight.shape
+    positions, image = out[0] * out[2] * out[3], node._saved_input.shape
+    a = weight[1] * weight[2] * weight[3]
+    by_rule, formed = product_costs(positions, a, weight[0], K)
+    return by_rule + image[0] * a * out[2] * out[3], formed
+
+
+@gramian_rule(
+    "ConvolutionBackward0",
+    weight=1,
+    bias=2,
+    channels=1,
+    takes=_is_plain_convolution,
+    costs=_convolution_costs,
+)
+def convolution(node: Any, D: Tensor) -> Tensor:
+    """A 2-D convolution of one group, as the product of its patches and its weight."""
+    patches = torch.nn.functional.unfold(
+        node._saved_input,
+        node._saved_weight.shape[2:],
+        dilation=node._saved_dilation,
+        padding=node._saved_padding,
+        stride=node._saved_stride,
+    )
+    A = patches.transpose(1, 2).flatten(0, 1)
+    return products(A, D.flatten(3).transpose(2, 3).flatten(1, 2))
+
+
+def _takes_embedding(node: Any) -> bool:
+    return saved(node, "indices") and not node._saved_scale_grad_by_freq and not node._saved_sparse
+
+
+def _embedding_costs(node: Any, K: int) -> tuple[float, float]:
+    words, width = node._saved_weight_sym_argsize_0, node._input_metadata[0].shape[-1]
+    N = node._saved_indices.numel()
+    return K * width * N * (1 + K), K * width * (N + K * words)
+
+
+@gramian_rule("EmbeddingBackward0", weight=0, takes=_takes_embedding, costs=_embedding_costs)
+def embedding(node: Any, D: Tensor) -> Tensor:
+    """A table look-up: rows that were looked up, summed by index; the others are zero in every weight gradient."""
+    indices = node._saved_indices.flatten()
+    D = kernels.accumulable(D).flatten(1, -2)
+    # As many as there are look-ups, which needs no answer from the device; those beyond the distinct ones stay zero.
+    order = indices.argsort()
+    ordered = indices[order]
+    place = torch.zeros_like(ordered)
+    place[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    D = torch.where((ordered == node._saved_padding_idx)[:, None], 0.0, D[:, order])
+    rows = torch.zeros_like(D).index_add_(1, place, D)
+    return kernels.block_gramian(rows.flatten(1))
