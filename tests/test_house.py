@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "solvers": set(),
     "kernels": set(),
     "methods": {"registry", "solvers", "stats"},
-    "engines": {"kernels", "losses", "registry"},
+    "engines": {"kernels", "losses", "registry", "stats"},
     "functional": {"kernels", "methods", "registry", "stats"},
     "parameters": {"losses"},
     "rule": {"losses", "registry", "stats"},
