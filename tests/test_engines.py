@@ -126,6 +126,8 @@ def of_ours(caught: Sequence[warnings.WarningMessage]) -> list[str]:
 @pytest.mark.parametrize("engine", [*ROADS, "auto"])
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(name: str, engine: str) -> None:
+    if engine == "auto" and "resnet18" in name:
+        pytest.skip("takes a second, and is one of the others")
     case = ZOO[name]
     net, twin = case.make(), case.make()
     opt = MTLOptimizer(sgd(net), "upgrad", net.shared(), engine=engine)
