@@ -132,11 +132,13 @@ def of_ours(caught: Sequence[warnings.WarningMessage]) -> list[str]:
     return [str(w.message) for w in caught if "performance drop" not in str(w.message)]
 
 
-@pytest.mark.parametrize("engine", [*ROADS, "auto"])
+# One of each kind, where the whole zoo would take long.
+SMALL = ["mlp", "tied weights", "resnet blocks", "gru", "cdist", "attention per task on two stages", "seven tasks"]
+
+
+@pytest.mark.parametrize("engine", ROADS)
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(name: str, engine: str) -> None:
-    if engine == "auto" and "resnet18" in name:
-        pytest.skip("takes a second, and is one of the others")
     case = ZOO[name]
     net, twin = case.make(), case.make()
     opt = MTLOptimizer(sgd(net), "upgrad", net.shared(), engine=engine)
@@ -146,12 +148,21 @@ def test_zoo(name: str, engine: str) -> None:
             warnings.simplefilter("always")
             info = take(opt, case, net, twin, step, n)
         told += of_ours(caught)
-        if engine == "auto":
-            continue
         assert info.engine == ("sequential" if told else engine)
         assert len(told) <= 1
         assert all(engine in text for text in told)
         assert case.vmap is None or bool(told) == (engine in VMAPPED and not case.vmap), told
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_auto(name: str) -> None:
+    case = ZOO[name]
+    net, twin = case.make(), case.make()
+    opt = MTLOptimizer(sgd(net), "upgrad", net.shared())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step, n in enumerate((6, 4)):
+            take(opt, case, net, twin, step, n)
 
 
 def test_the_zoo_has_conflicts() -> None:
@@ -162,9 +173,6 @@ def test_the_zoo_has_conflicts() -> None:
         J = rows(as_list(net(*case.batch(6, 0))), net.shared())
         conflicts += bool((J @ J.T < 0).any())
     assert conflicts > len(ZOO) / 2
-
-
-SMALL = ["mlp", "tied weights", "resnet blocks", "gru", "cdist", "attention per task on two stages", "seven tasks"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 50])
@@ -806,7 +814,7 @@ SPLIT = ["chunks of one output", "tasks leave at different depths", "attention p
 HUBS = [name for name in LINEAR if ZOO[name].hub and "resnet18" not in name]
 
 
-@pytest.mark.parametrize("how", ["representation", "auto", "found"])
+@pytest.mark.parametrize("how", ["given", "found"])
 @pytest.mark.parametrize("name", [*HUBS, *SPLIT])
 def test_representation_zoo(name: str, how: str) -> None:
     """Whatever the weights, the trunk takes the weighted sum of the tasks' gradients, once."""
@@ -814,11 +822,19 @@ def test_representation_zoo(name: str, how: str) -> None:
         pytest.skip("nothing joins")
     case = ZOO[name]
     net, twin = case.make(), case.make()
-    engine = "auto" if how == "auto" else "representation"
-    opt = MTLOptimizer(sgd(net), "upgrad", net.shared(), engine=engine)
+    opt = MTLOptimizer(sgd(net), "upgrad", net.shared(), engine="representation")
     for step, n in enumerate((6, 4)):
-        info = take(opt, case, net, twin, step, n, pass_representation=how != "found")
+        info = take(opt, case, net, twin, step, n, pass_representation=how == "given")
         assert info.engine == "representation"
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if ZOO[name].hub])
+def test_auto_goes_by_a_representation(name: str) -> None:
+    case = ZOO[name]
+    net, twin = case.make(), case.make()
+    opt = MTLOptimizer(sgd(net), "upgrad", net.shared())
+    for step, n in enumerate((6, 4)):
+        assert take(opt, case, net, twin, step, n, pass_representation=True).engine == "representation"
 
 
 def toy_losses(model: Toy, z: Tensor) -> list[Tensor]:
