@@ -574,6 +574,7 @@ def test_a_conflict_between_two_solves_asks_for_the_next(resolve: bool, engine: 
 
 def test_gramian_asks_for_a_new_solve_or_says_that_it_cannot() -> None:
     model, x = Toy(), batch()
+    optimizer(model, "upgrad", update_every=10, resolve_on_conflict=True, engine="sequential")  # the keyword is known
     try:
         opt = optimizer(model, "upgrad", update_every=10, resolve_on_conflict=True, engine="gramian")
     except ValueError as error:
@@ -1118,5 +1119,7 @@ def refusals() -> Mapping[str, Callable[[], Any]]:
 
 @pytest.mark.parametrize("what", [*refusals()])
 def test_measure_on_refuses(what: str) -> None:
+    model = Toy()
+    optimizer(model, "upgrad", measure_on=model.trunk[2].parameters())  # the keyword itself is known
     with pytest.raises(ValueError, match="measure_on"):
         refusals()[what]()
