@@ -142,6 +142,7 @@ class _Heads:
         self._graph, self._common, self._wanted = graph, common, wanted
         self._nodes: dict[int, list[Node]] = {}
         self._retain = retain
+        self._hooked: dict[Edge, bool] = {}
         for node in graph.order:
             if node not in common:
                 tasks = graph.tasks[node]
@@ -167,7 +168,7 @@ class _Heads:
             for edge in self._leaving(node):
                 if self._wants(edge[0]) and node not in (known := consumers.setdefault(edge, [])):
                     known.append(node)
-        tainted = self._tainted(consumers)
+        tainted = self._tainted(consumers) | {edge for edge in consumers if self._is_hooked(edge)}
         targets = [(node, 0) for node in nodes if leaf(node) is not None and self._wants(node)]
         targets += [edge for edge in consumers if edge not in tainted]
         last = dict.fromkeys(user for edge in tainted for user in consumers[edge])
@@ -178,6 +179,17 @@ class _Heads:
         for user in last:
             _add(gradients, tainted, user, [arriving[user, nr] for nr in range(len(user._input_metadata))])
         return gradients
+
+    def _is_hooked(self, edge: Edge) -> bool:
+        """Whether a hook changes gradients that arrive there: as one is asked for, and again as the shared part is
+        passed. Nothing tells but a try."""
+        if edge not in self._hooked:
+            metadata = edge[0]._input_metadata[edge[1]]
+            probe = torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
+            point = GradientEdge(*edge)
+            (arrived,) = torch.autograd.grad(point, [point], probe, retain_graph=True)  # pyright: ignore
+            self._hooked[edge] = leaf(edge[0]) is None and arrived is not probe
+        return self._hooked[edge]
 
     def _wants(self, node: Node) -> bool:
         p = leaf(node)

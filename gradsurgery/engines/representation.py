@@ -126,9 +126,9 @@ def _check_reach(graph: Graph, at: Sequence[Edge], batch: Batch) -> None:
     around = [p for node in passed if (p := leaf(node)) is not None and id(p) in shared]
     if around:
         raise ValueError(
-            f"{len(around)} shared parameters (one of shape {tuple(around[0].shape)}) are reached by losses past the "
-            "representation, so its gradient is not all of theirs. Pass every tensor at which heads begin, leave those "
-            "parameters out of shared_params, or use engine='sequential'."
+            f"Losses bypass the representation: they reach {len(around)} shared parameters (one of shape "
+            f"{tuple(around[0].shape)}) by other ways, so that its gradient is not all of theirs. Pass every tensor at "
+            "which heads begin, leave those parameters out of shared_params, or use engine='sequential'."
         )
     inside = below(graph.order, (node for node, _ in at))
     if not any(node in graph.tasks and id(leaf(node)) in shared for node in inside):

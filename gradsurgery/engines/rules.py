@@ -93,9 +93,14 @@ def rule_of(node: Node, K: int, gain: float = 1.0) -> LayerRule | None:
 
 
 def saved(node: Any, *names: str) -> bool:
-    """Whether the node holds those tensors as they are: unpacking what a hook packed (checkpointing, offloading) is the
-    backward pass's own affair."""
-    return all(getattr(getattr(node, f"_raw_saved_{name}", None), "unpack_hook", True) is None for name in names)
+    """Whether the node holds those tensors as they are. Unpacking what a hook packed (checkpointing, offloading) is the
+    backward pass's own affair, and a frozen weight has none saved."""
+
+    def held(name: str) -> bool:
+        raw = getattr(node, f"_raw_saved_{name}", None)
+        return getattr(raw, "unpack_hook", raw) is None and getattr(node, f"_saved_{name}") is not None
+
+    return all(held(name) for name in names)
 
 
 def products(A: Tensor, D: Tensor) -> Tensor:
