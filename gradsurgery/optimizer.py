@@ -23,7 +23,7 @@ from gradsurgery.registry import (
     list_methods,
 )
 from gradsurgery.rule import GramianFunction, Rule
-from gradsurgery.stats import StepInfo
+from gradsurgery.stats import Needs, StepInfo
 from gradsurgery.surgery import Surgery
 
 MethodLike = str | BaseMethod | Callable[[Tensor], Tensor]
@@ -55,6 +55,10 @@ class MTLOptimizer(Optimizer):
             weighted sum (``"weighted"``; with several blocks, by the mean weight over blocks). None: as the method's
             authors ran it (see `get_method`).
         update_every: solve for weights every so many steps, and take one ordinary weighted backward in between.
+        resolve_on_conflict: solve early where the step between would undo a task's progress: its gradient has a cosine
+            below -0.01 with a task's gradient of the last solve. It reads the kept rows once a step, at no further
+            backward, and the host waits for the answer. Where ``.grad`` was not empty before, nothing is compared; nor
+            after a resume until the next solve, since rows are not in checkpoints.
         average: share of the past in a running mean of the weights, in [0, 1): ``average * mean + (1 - average) *
             weights``, as CR-MOGM (Zhou et al., NeurIPS 2022) steadies any method's weights. 0 takes them as they are.
         preference: T positive numbers, one a task, for the methods that can take them.
@@ -90,6 +94,7 @@ class MTLOptimizer(Optimizer):
         measure_on: Iterable[Tensor] | None = None,
         heads: HeadPolicy | None = None,
         update_every: int = 1,
+        resolve_on_conflict: bool = False,
         average: float = 0.0,
         preference: Sequence[float] | None = None,
         seed: int | None = None,
@@ -122,15 +127,22 @@ class MTLOptimizer(Optimizer):
                 "that it tracks from step to step, and has nothing to go by there. Use update_every=1."
             )
         parameters = Parameters(base_opt, shared_params, blocks)
-        road = make_engine(engine, rule.needs)
+        rows = Needs.COLUMNS | Needs.TRACKED | Needs.CROSS
+        road = make_engine(engine, rows=resolve_on_conflict or bool(rule.needs & rows))
         if measure_on is not None:
             road = Subset(road, parameters.subset(measure_on))
         road.refuse(rule.needs, name, blocks=parameters.in_blocks)
+        if resolve_on_conflict and not (road.holds and update_every > 1):
+            raise ValueError(
+                "resolve_on_conflict compares steps between two solves of update_every with the rows of the last one: "
+                "it needs update_every > 1, and engine='auto', 'sequential' or 'batched' without measure_on."
+            )
         self.base_opt = base_opt
         self._surgery = Surgery(
             Rule(rule, name, update_every, torch.initial_seed() if seed is None else seed, heads or policy, average),
             road,
             parameters,
+            resolve_on_conflict=resolve_on_conflict,
         )
         for registry in _HOOKS:
             setattr(self, registry, OrderedDict())

@@ -78,6 +78,7 @@ class Rule:
         self._averaged: Tensor | None = None
         self._solved_for: list[int] = []
         self._finite: Tensor | None = None
+        self._conflict: Tensor | None = None
         self._steps = 0
         self._random: bytes | None = None
         self._generator: Generator | None = None
@@ -123,13 +124,18 @@ class Rule:
 
     def due(self, losses: TaskLosses) -> bool:
         """Whether weights must be solved for now: every ``update_every`` steps, after a solve that failed on numbers
-        that were not finite, or when a task is back."""
+        that were not finite, after a `conflict`, or when a task is back."""
         return (
             self._weights is None
             or self._steps % self.update_every == 0
             or not set(losses.present) <= set(self._solved_for)
             or (self._finite is not None and not bool(self._finite))
+            or (self._conflict is not None and bool(self._conflict))
         )
+
+    def conflict(self, found: Tensor) -> None:
+        """Whether () the weights at hand led to a step that runs against a task."""
+        self._conflict = found
 
     def settled(self, losses: TaskLosses) -> bool:
         """Whether the weights at hand serve this and any other batch of the same step."""
@@ -175,7 +181,7 @@ class Rule:
         self._weights = torch.where(finite, w, previous)
         # Only a schedule ever asks again, and must not settle on a failed solve.
         self._finite = finite if self.update_every > 1 else None
-        self._solved_for, self._steps = losses.present, self._steps + 1
+        self._solved_for, self._steps, self._conflict = losses.present, self._steps + 1, None
         return torch.where(finite, w, torch.nan), diagnostics
 
     def _smooth(self, w: Tensor, finite: Tensor, index: Tensor | None) -> Tensor:
@@ -284,6 +290,7 @@ class Rule:
             "steps": self._steps,
             "solved_for": self._solved_for,
             "finite": self._finite is None or bool(self._finite),
+            "conflict": self._conflict is not None and bool(self._conflict),
             "weights": None if self._weights is None else _to_json(self._weights),
             "state": {key: _to_json(tensor) for key, tensor in self._state.items()},
             "random": None if random is None else base64.b64encode(random).decode(),
@@ -328,6 +335,7 @@ class Rule:
         self._steps = content["steps"]
         self._solved_for = content["solved_for"]
         self._finite = None if content["finite"] else torch.tensor(False)
+        self._conflict = torch.tensor(True) if content.get("conflict") else None
         self._weights = None if content["weights"] is None else _from_json(content["weights"])
         self._averaged = None if content["averaged"] is None else _from_json(content["averaged"])
         self._state = {key: _from_json(entry) for key, entry in content["state"].items()}

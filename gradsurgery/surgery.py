@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.engines import Auto, Batch, Engine, Measurement, Representation
+from gradsurgery.engines import Auto, Batch, Engine, Measurement, Representation, Rows
 from gradsurgery.engines.layout import Layout
 from gradsurgery.engines.scalar import split_backward, weighted_backward
 from gradsurgery.losses import Losses, TaskLosses, node_of, read_losses
@@ -21,6 +21,8 @@ from gradsurgery.tracked import Tracked
 
 # Independent batches that a method with `Needs.CROSS` learns from.
 SAMPLES = 2
+# Cosine of a step with a task's gradient below which it is said to conflict; a solution's own may be 0 up to rounding.
+CONFLICT = -1e-2
 
 
 class Surgery:
@@ -33,15 +35,18 @@ class Surgery:
         rule: the method, with its state.
         engine: how gradients are measured.
         parameters: which are shared, in which blocks.
+        resolve_on_conflict: see `MTLOptimizer`.
     """
 
-    def __init__(self, rule: Rule, engine: Engine, parameters: Parameters):
+    def __init__(self, rule: Rule, engine: Engine, parameters: Parameters, *, resolve_on_conflict: bool = False):
         self.rule = rule
         self.engine = engine
         self.parameters = parameters
         self.info: StepInfo | None = None
         self.holding = False
         self._broken = False
+        self._resolve_on_conflict = resolve_on_conflict
+        self._solved: Rows | None = None
         self._held: list[Measurement] = []
         self._held_losses: TaskLosses | None = None
         self._held_scale: Tensor | None = None
@@ -148,7 +153,7 @@ class Surgery:
 
     def __getstate__(self) -> dict[str, Any]:
         # Flat rows are rebuilt when they are needed, and nothing of a graph leaves the process.
-        held = dict.fromkeys(("_tracked", "_held_losses", "_held_scale", "_held_weights"))
+        held = dict.fromkeys(("_tracked", "_solved", "_held_losses", "_held_scale", "_held_weights"))
         empty = {"_layouts": [], "_held": [], "_signature": (), "holding": False, "_broken": False}
         return {**self.__dict__, **held, **empty, "_remembered": self.remembered()}
 
@@ -253,6 +258,7 @@ class Surgery:
 
     def _operate(self, losses: TaskLosses, measured: Sequence[Measurement], grad_scale: Tensor | None) -> StepInfo:
         batch, *samples = measured
+        self._solved = batch if self._resolve_on_conflict and isinstance(batch, Rows) else None
         method, name = self.rule.method, batch.engine
         if Needs.COLUMNS in method.needs:
             batch.write_columns(self.rule.columns(losses))
@@ -305,10 +311,14 @@ class Surgery:
 
     def _weighted(self, losses: TaskLosses, weights: Tensor, grad_scale: Tensor | None) -> StepInfo:
         """One ordinary backward, with weights that are known."""
+        rows = self._solved
+        fresh = rows is not None and all(p.grad is None for p in self.layout.params)
         if self.rule.heads == "weighted":
             weighted_backward(losses, weights[0], grad_scale=grad_scale)
         else:
             split_backward(Batch(losses, self.layout, self.parameters.task_specific(), grad_scale), weights[0])
+        if rows is not None and fresh:
+            self.rule.conflict((rows.cosines([p.grad for p in self.layout.params]) < CONFLICT).any())
         return _info(losses, weights, None, {}, "weighted")
 
 

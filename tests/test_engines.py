@@ -136,6 +136,19 @@ def of_ours(caught: Sequence[warnings.WarningMessage]) -> list[str]:
 SMALL = ["mlp", "tied weights", "resnet blocks", "gru", "cdist", "attention per task on two stages", "seven tasks"]
 
 
+# Models with an operator that vmap has no rule for and loops over: right, and no gain for `batched`.
+LOOPED = [
+    "bilinear",
+    "embedding bag",
+    "embedding bag, max",
+    "weighted embedding bag",
+    "multi-head attention",
+    "scaled dot product attention",
+    "weight norm",
+    "vision transformer",
+]
+
+
 @pytest.mark.parametrize("engine", ROADS)
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(name: str, engine: str) -> None:
@@ -151,7 +164,8 @@ def test_zoo(name: str, engine: str) -> None:
         assert info.engine == ("sequential" if told else engine)
         assert len(told) <= 1
         assert all(engine in text for text in told)
-        assert case.vmap is None or bool(told) == (engine in VMAPPED and not case.vmap), told
+        fails = not case.vmap or (engine == "batched" and name in LOOPED)
+        assert case.vmap is None or bool(told) == (engine in VMAPPED and fails), told
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -176,24 +190,22 @@ def test_the_zoo_has_conflicts() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 50])
-@pytest.mark.parametrize("engine", [Batched, Gramian])
 @pytest.mark.parametrize("name", SMALL)
-def test_chunks_of_tasks(name: str, engine: Any, size: int) -> None:
+def test_chunks_of_tasks(name: str, size: int) -> None:
     case = ZOO[name]
     net, twin = case.make(), case.make()
-    opt = MTLOptimizer(sgd(net), "upgrad", net.shared(), engine=engine(chunk_size=size))
+    opt = MTLOptimizer(sgd(net), "upgrad", net.shared(), engine=Batched(chunk_size=size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         infos = [take(opt, case, net, twin, step, n) for step, n in enumerate((5, 5, 3))]
     if case.vmap:
-        assert {info.engine for info in infos} == {engine.__name__.lower()}
+        assert {info.engine for info in infos} == {"batched"}
 
 
-@pytest.mark.parametrize("engine", [Batched, Gramian])
-def test_a_chunk_holds_a_task_at_least(engine: Any) -> None:
+def test_a_chunk_holds_a_task_at_least() -> None:
     for size in (0, -1):
         with pytest.raises(ValueError, match="chunk_size"):
-            engine(chunk_size=size)
+            Batched(chunk_size=size)
 
 
 def test_engines_by_name() -> None:
@@ -339,7 +351,7 @@ def test_rows_that_are_kept_or_crossed(name: str) -> None:
         optimizer(Toy(), name, engine="gramian")
     assert name in str(refusal.value)
     with pytest.raises(ValueError, match="gramian"):
-        optimizer(Toy(), name, engine=Gramian(chunk_size=2))
+        optimizer(Toy(), name, engine=Gramian())
     model, plain = Toy(), Toy()
     opt = optimizer(model, name, lr=0.01, seed=3, engine="batched")
     reference = optimizer(plain, name, lr=0.01, seed=3, engine="sequential")
@@ -1057,16 +1069,12 @@ def test_gradnorm_on_the_last_layer(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["sequential", "batched"])
-def test_measure_on_accumulates(engine: str) -> None:
-    model, x = Toy(), batch(12)
-    last = list(model.trunk[2].parameters())
-    J, L = jacobian(model, x), rows(model.losses(x), last)
-    opt = optimizer(model, "upgrad", engine=engine, measure_on=last)
-    with opt.accumulate():
-        for piece in x.split(4):
-            opt.backward([loss / 3 for loss in model.losses(piece)])
-    torch.testing.assert_close(opt.info.gramian[0], L @ L.T, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(trunk_gradient(model), functional.upgrad(L @ L.T) @ J, rtol=1e-8, atol=1e-9)
+def test_measure_on_refuses_to_accumulate(engine: str) -> None:
+    """The weighted pass would need the graphs of all micro-batches."""
+    model, x = Toy(), batch()
+    opt = optimizer(model, "upgrad", engine=engine, measure_on=list(model.trunk[2].parameters()))
+    with pytest.raises(RuntimeError, match="measure_on"), opt.accumulate():
+        opt.backward(model.losses(x))
 
 
 @pytest.mark.parametrize("engine", ROADS)

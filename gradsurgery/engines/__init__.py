@@ -5,11 +5,11 @@ from gradsurgery.engines.batched import Batched
 from gradsurgery.engines.engine import Batch, Engine, Measurement, RowMap
 from gradsurgery.engines.gramian import Gramian
 from gradsurgery.engines.representation import Representation
+from gradsurgery.engines.rows import Rows
 from gradsurgery.engines.rules import LayerRule, gramian_rule
 from gradsurgery.engines.sequential import Sequential
 from gradsurgery.engines.subset import Subset
 from gradsurgery.registry import closest
-from gradsurgery.stats import Needs
 
 __all__ = [
     "ENGINES",
@@ -22,6 +22,7 @@ __all__ = [
     "Measurement",
     "Representation",
     "RowMap",
+    "Rows",
     "Sequential",
     "Subset",
     "gramian_rule",
@@ -31,12 +32,12 @@ __all__ = [
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Sequential, Batched, Gramian, Representation)}
 
 
-def make_engine(engine: str | Engine, needs: Needs) -> Engine:
+def make_engine(engine: str | Engine, *, rows: bool = False) -> Engine:
     """The engine of that name, with its default options.
 
     Args:
         engine: a name, ``"auto"``, or an engine.
-        needs: of the method, which ``"auto"`` goes by.
+        rows: whether the gradients themselves are wanted, which ``"auto"`` goes by.
 
     Raises:
         ValueError: no such engine; the message lists the close names.
@@ -47,7 +48,7 @@ def make_engine(engine: str | Engine, needs: Needs) -> Engine:
     if not isinstance(engine, str):
         raise TypeError(f"engine must be a name or an Engine; got {type(engine).__name__}.")
     if engine == "auto":
-        return Auto(rows=bool(needs & (Needs.COLUMNS | Needs.TRACKED | Needs.CROSS)))
+        return Auto(rows=rows)
     if engine not in ENGINES:
         raise ValueError(f"There is no engine named {engine!r}. {closest(engine, ['auto', *ENGINES])}")
     return ENGINES[engine]()

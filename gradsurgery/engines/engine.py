@@ -91,7 +91,7 @@ class Engine(abc.ABC):
 
     Attributes:
         name: what `MTLOptimizer` knows it by.
-        holds: whether the measurements of several micro-batches can be added.
+        holds: whether it keeps gradients as rows (`Rows`), which those of further micro-batches can be added to.
     """
 
     name: ClassVar[str]

@@ -26,6 +26,7 @@ class Rows(Measurement):
         self._filled = [False] * T
         self._reached = [False] * len(layout.params)
         self._own: list[dict[Tensor, Tensor]] = [{} for _ in range(T)]
+        self._norms: Tensor | None = None
         self._spare: Gradients = [None] * len(layout.params)
 
     def put(self, task: int, shared: Gradients, own: Iterable[tuple[Tensor, Tensor | None]], *, ours: bool) -> None:
@@ -87,6 +88,21 @@ class Rows(Measurement):
 
     def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
         self._write(lambda piece, rows: columns(rows), None)
+
+    def cosines(self, gradients: Gradients) -> Tensor:
+        """(T,) float64, of each row with the P gradients side by side; 0 for a row of zeros. None stands for zeros."""
+        if self._norms is None:
+            self._norms = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in self._complete()])
+        flat = [None if g is None else g.to_dense().to(self._layout.dtype) for g in gradients]
+        products = [self._along(views, flat) for views in self._views]
+        square = sum(g.double().square().sum() for g in flat if g is not None)
+        scale = self._norms * torch.as_tensor(square, device=self._layout.device).sqrt()
+        return torch.where(scale > 0, torch.stack(products) / scale, 0.0)
+
+    def _along(self, views: Sequence[Tensor], gradients: Gradients) -> Tensor:
+        zero = torch.zeros((), dtype=torch.float64, device=self._layout.device)
+        pairs = [(v, g) for v, g in zip(views, gradients, strict=True) if g is not None]
+        return torch.stack([zero, *((v.reshape(-1) @ g.reshape(-1)).double() for v, g in pairs)]).sum()
 
     def _write(self, direct: Callable[[Piece, Tensor], Tensor], head_weights: Tensor | None) -> None:
         rows = self._complete()
