@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from gradsurgery import MTLOptimizer, aggregate, kernels
 from gradsurgery.kernels.accelerator import TRITON
@@ -211,6 +212,19 @@ def test_plain_cpu_tensors_never_reach_the_kernels() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+def test_operators_tell_a_compiler_what_they_return() -> None:
+    with FakeTensorMode():
+        J = torch.empty(3, 100, device="cuda", dtype=torch.bfloat16)
+        w = torch.empty(2, 3, device="cuda", dtype=torch.float64)
+        assert kernels.has_kernel(J)
+        G, u = kernels.gramian(J, [0, 40, 100]), kernels.combine(w, J, [0, 40, 100])
+        assert (G.shape, G.dtype, G.device.type) == ((2, 3, 3), torch.float64, "cuda")
+        assert (u.shape, u.dtype) == ((100,), torch.bfloat16)
+        for method in (GradDrop(), TrimmedMean()):
+            assert method.direction(J, {}, None).shape == (100,)
 
 
 COMPILE = """

@@ -4,7 +4,9 @@ In half precision the purity of signs is taken in float32, where the torch body 
 """
 
 # What Triton tells a type checker of its tensors is not what they are.
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton

@@ -1,7 +1,8 @@
 """The weighted sum of rows, of all blocks in one launch."""
 
 # What Triton tells a type checker of its tensors is not what they are.
-# pyright: reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
 

@@ -9,7 +9,9 @@ work a column than a card has multiply-adds for while it is read, in float32.
 """
 
 # What Triton tells a type checker of its tensors is not what they are.
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
 from itertools import pairwise
