@@ -1,11 +1,11 @@
 """Gramians of all blocks, in two launches: one of partial Gramians, a program a segment, and one of their sums.
 
 Up to 16 tasks in float32, every thread keeps all T (T + 1) / 2 sums over its own columns in registers, by plain
-multiply-adds: 3 for two tasks and 136 for sixteen, which stay below a third of what an H100 can do in the time that
-the columns take to arrive. ``tl.dot`` would pad two tasks to 16 x 16 products, and feeds its operands through shared
-memory, which in full float32 (never TF32, whose 11 bits blur conflicts) is slower than the rows can be read. Beyond
-that, and from 9 tasks on in half precision, where tensor cores multiply exactly into float32, it is ``tl.dot``: more
-work a column than a card has multiply-adds for while it is read, in float32.
+multiply-adds: 3 for two tasks and 136 for sixteen. By count these stay below a third of what an H100 can do in the time
+that the columns take to arrive. ``tl.dot`` would pad two tasks to 16 x 16 products, and in full float32 (never TF32,
+whose 11 bits blur conflicts) it reads shared memory for nearly every product. Beyond that, and from 9 tasks on in half
+precision, where tensor cores multiply exactly into float32, it is ``tl.dot``; in float32 the products of 17 tasks and
+more take longer than the reading, whoever makes them.
 """
 
 # What Triton tells a type checker of its tensors is not what they are.
@@ -14,7 +14,6 @@ work a column than a card has multiply-adds for while it is read, in float32.
 # pyright: reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import triton
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from gradsurgery.kernels.device.segments import Segments, alignment, on, row_major, segments, span
 
-# Registers of a thread: for its sums alone, and with the columns that it has just read. Above 255 they spill.
+# Registers of a thread: for its sums alone, and with the columns that it has just read. Addresses come on top: at 136
+# sums the compiler uses all 255 that there are, and spills none within the loop.
 SUMS, REGISTERS = 144, 192
 # Threads of a program that keeps its sums in registers.
 LANES = 128
@@ -191,17 +191,12 @@ def gramian(jacobian: Tensor, bounds: Sequence[int], other: Tensor | None) -> Te
             cut.count,
             cut.firsts,
             T * T,
-            ROWS=_rows(bounds, cut, entries),
+            ROWS=min(PARTIALS // entries, max(16, triton.next_power_of_2(cut.longest))),
             ENTRIES=entries,
             TABLE=cut.table is not None,
             num_warps=8,
         )
     return result
-
-
-def _rows(bounds: Sequence[int], cut: Segments, entries: int) -> int:
-    most = max(-(-(stop - start) // cut.size) for start, stop in pairwise(bounds))
-    return min(PARTIALS // entries, max(16, triton.next_power_of_2(most)))
 
 
 def _launch(rows: tuple[Tensor, ...], d: int, cut: Segments, partial: Tensor, vector: int) -> None:

@@ -29,6 +29,7 @@ class Segments:
     Attributes:
         count: N.
         size: columns of a segment, but for the last of a block.
+        longest: segments of the block that has most.
         aligned: whether every block starts and ends at a multiple of `ALIGNMENT`.
         table: (2 N + B + 2,) int64 on the device: the N + 1 edges of the segments; the B + 1 places of the blocks'
             first segments; the N blocks that they belong to. None for a single block, whose edges are multiples of
@@ -37,6 +38,7 @@ class Segments:
 
     count: int
     size: int
+    longest: int
     aligned: bool
     table: Tensor | None
 
@@ -62,7 +64,8 @@ def segments(bounds: Sequence[int], programs: int, device: torch.device, *, leas
     size = max(d // (_multiprocessors(device) * programs), least) + 1
     size = -(-min(size, most or size) // GRAIN) * GRAIN
     if len(bounds) == 2:
-        return Segments(-(-d // size), size, d % ALIGNMENT == 0, None)
+        count = -(-d // size)
+        return Segments(count, size, count, d % ALIGNMENT == 0, None)
     found = _cut(tuple(bounds), size, device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A graph knows the table by its address, and does not keep it alive.
@@ -87,7 +90,9 @@ def _cut(bounds: tuple[int, ...], size: int, device: torch.device) -> Segments:
         )
     aligned = all(bound % ALIGNMENT == 0 for bound in bounds)
     # The copy is waited for, once, since streams other than this one will read it, too.
-    return Segments(len(owners), size, aligned, torch.tensor([*edges, *firsts, *owners], device=device))
+    longest = max(stop - start for start, stop in pairwise(firsts))
+    table = torch.tensor([*edges, *firsts, *owners], device=device)
+    return Segments(len(owners), size, longest, aligned, table)
 
 
 @functools.lru_cache
