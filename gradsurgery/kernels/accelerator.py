@@ -23,7 +23,6 @@ _LIBRARY = torch.library.Library("gradsurgery", "FRAGMENT")
 def has_kernel(rows: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels can take rows (T, n), with others of their kind: on CUDA, with Triton, and where nothing
     differentiates or maps over them."""
-    # First what settles it on the CPU, where a microsecond counts.
     if not rows.is_cuda or not TRITON:
         return False
     tensors = [rows, *(other for other in others if other is not None)]

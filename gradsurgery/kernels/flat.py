@@ -32,7 +32,8 @@ def gramian(jacobian: Tensor, bounds: Sequence[int], other: Tensor | None = None
         (B, T, T) float64; accumulated in float32 at least within a chunk and in float64 across chunks. Rows in float32
         keep their digits for norms from about 1e-16 to 1e18, beyond which their squares leave its range.
     """
-    if has_kernel(jacobian, other):
+    # Asked first, here and below: on the CPU, half a microsecond of a call counts.
+    if jacobian.is_cuda and has_kernel(jacobian, other):
         return flat_gramian(jacobian, bounds, other)
     blocks = [slice(start, stop) for start, stop in pairwise(bounds)]
     return torch.stack([block_gramian(jacobian[:, b], None if other is None else other[:, b]) for b in blocks])
@@ -40,7 +41,7 @@ def gramian(jacobian: Tensor, bounds: Sequence[int], other: Tensor | None = None
 
 def block_gramian(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """Inner products (T, T) float64 of one block's rows (T, n) with those of others (T, n), or among themselves."""
-    if has_kernel(rows, others):
+    if rows.is_cuda and has_kernel(rows, others):
         return flat_gramian(rows, [0, rows.shape[1]], others)[0]
     whole = rows.shape[1] // CHUNK * CHUNK
     tail = _accumulable(rows[:, whole:])
@@ -72,7 +73,7 @@ def combine(weights: Tensor, jacobian: Tensor, bounds: Sequence[int], out: Tenso
     Returns:
         (d,) in the dtype of ``jacobian``.
     """
-    if has_kernel(jacobian, weights):
+    if jacobian.is_cuda and has_kernel(jacobian, weights):
         return flat_combine(weights, jacobian, bounds, out)
     if len(weights) == 1:
         return combine_block(weights[0], jacobian, out)
@@ -82,7 +83,7 @@ def combine(weights: Tensor, jacobian: Tensor, bounds: Sequence[int], out: Tenso
 
 def combine_block(weight: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
     """One block's rows (T, n), weighted (T,) and summed: (n,), in the memory of ``out`` where that saves time."""
-    if has_kernel(rows, weight):
+    if rows.is_cuda and has_kernel(rows, weight):
         return flat_combine(weight.unsqueeze(0), rows, [0, rows.shape[1]], out)
     if rows.dtype in HALF:
         # Rounding the weights to half precision would turn a direction that conflicts with no task into one that does.
