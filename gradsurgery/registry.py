@@ -63,9 +63,13 @@ class Method(BaseMethod):
 
 @dataclass(frozen=True)
 class ColumnMethod(BaseMethod):
-    """A rule that works coordinate by coordinate, and has no weights. Its heads take raw gradients."""
+    """A rule that works coordinate by coordinate, and has no weights. Its heads take raw gradients.
+
+    ``marks_nonfinite`` says that `columns` itself gives NaN in the coordinates where a task gradient is not finite.
+    """
 
     needs: ClassVar[Needs] = Needs.COLUMNS
+    marks_nonfinite: ClassVar[bool] = False
 
     @abc.abstractmethod
     def columns(self, jacobian: Tensor, state: State, generator: Generator | None) -> Tensor:
@@ -77,7 +81,12 @@ class ColumnMethod(BaseMethod):
     def direction(self, jacobian: Tensor, state: State, generator: Generator | None) -> Tensor:
         """`columns`, and NaN in the coordinates where a task gradient is not finite."""
         direction = self.columns(jacobian, state, generator)
-        return torch.where(jacobian.sum(dim=0).isfinite(), direction, torch.nan)
+        return direction if self.marks_nonfinite else mark_nonfinite(jacobian, direction)
+
+
+def mark_nonfinite(jacobian: Tensor, direction: Tensor) -> Tensor:
+    """The direction (n,), with NaN in the coordinates where task gradients (T, n) are not finite."""
+    return torch.where(jacobian.sum(dim=0).isfinite(), direction, torch.nan)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,31 @@
 import sys
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from triton import language as tl
 from triton.runtime import interpreter
 
+from gradsurgery.kernels import device as flat
 from gradsurgery.solvers import device
 
-BODIES = {**device.BODIES, "pcgrad": device.pcgrad, "gradvac": device.gradvac}
+
+def combine(weights: Tensor, jacobian: Tensor, bounds: list[int]) -> Tensor:
+    out = jacobian.new_full(jacobian.shape[1:], torch.nan)
+    flat.combine(weights, jacobian, bounds, out)
+    return out
+
+
+BODIES = {
+    **device.BODIES,
+    "pcgrad": device.pcgrad,
+    "gradvac": device.gradvac,
+    "gramian": flat.gramian,
+    "combine": combine,
+    "graddrop": flat.graddrop,
+    "trimmed_mean": flat.trimmed_mean,
+}
 
 
 patched: set[str] = set()
@@ -27,6 +46,35 @@ def call(self: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> An
     return self.rewrite()(*args, **kwargs)
 
 
+def widened(data: np.ndarray) -> np.ndarray:
+    return (data.astype(np.uint32) << 16).view(np.float32)
+
+
+def rounded(data: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+
+
+def cast(self: Any, source: Any, to: Any) -> Any:
+    """The interpreter truncates to bfloat16 where a device rounds."""
+    kinds = source.dtype.scalar, to.scalar
+    if kinds == (tl.bfloat16, tl.float32):
+        return interpreter.TensorHandle(widened(source.data), tl.float32)
+    if kinds == (tl.float32, tl.bfloat16):
+        return interpreter.TensorHandle(rounded(source.data), tl.bfloat16)
+    return cast_impl(self, source, to)
+
+
+def dot(self: Any, a: Any, b: Any, total: Any, *options: Any) -> Any:
+    """The interpreter multiplies the bits of a bfloat16 as integers."""
+    if a.dtype.scalar == tl.bfloat16:
+        a, b = (interpreter.TensorHandle(widened(x.data), tl.float32) for x in (a, b))
+    return create_dot(self, a, b, total, *options)
+
+
+cast_impl = interpreter.InterpreterBuilder.cast_impl
+create_dot = interpreter.InterpreterBuilder.create_dot
+
+
 def solve(name: str, arguments: tuple[Any, ...]) -> Any:
     patched.clear()
     return BODIES[name](*arguments)
@@ -34,5 +82,7 @@ def solve(name: str, arguments: tuple[Any, ...]) -> Any:
 
 if __name__ == "__main__":
     interpreter.InterpretedFunction.__call__ = call
+    interpreter.InterpreterBuilder.cast_impl = cast
+    interpreter.InterpreterBuilder.create_dot = dot
     problems = torch.load(sys.argv[1])
     torch.save([solve(*problem) for problem in problems], sys.argv[2])

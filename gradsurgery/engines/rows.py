@@ -84,7 +84,12 @@ class Rows(Measurement):
                 return kernels.combine_block(weight, of(piece, rows))
             return kernels.combine_block(weight, rows, self._layout.memory(piece, self._spare))
 
-        self._write(combine, head_weights)
+        if of is None and self._rows.is_cuda:
+            # All blocks in one launch.
+            direction = kernels.combine(weights, self._complete(), self._layout.bounds)
+            self._write(lambda piece, rows: direction[piece.start : piece.stop], head_weights)
+        else:
+            self._write(combine, head_weights)
 
     def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
         self._write(lambda piece, rows: columns(rows), None)

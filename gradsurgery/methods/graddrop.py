@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, device, dtype
 
-from gradsurgery.registry import ColumnMethod, State, register
+from gradsurgery.kernels import graddrop_columns, has_kernel
+from gradsurgery.registry import ColumnMethod, State, mark_nonfinite, register
 from gradsurgery.stats import Needs
 
 
@@ -38,10 +39,15 @@ def graddrop(jacobian: Tensor, *, leak: float = 0.0, generator: Generator | None
     """
     total, size = jacobian.sum(dim=-2), jacobian.abs().sum(dim=-2)
     positive = 0.5 * (1 + torch.where(size > 0, total / size, 0.0))
-    uniform = torch.rand(total.shape, generator=generator, dtype=torch.float32, device=jacobian.device)
+    uniform = draw(total.shape, generator, jacobian.device)
     keeps_positive = (positive > uniform).unsqueeze(-2)
     kept = torch.where(keeps_positive, jacobian.clamp(min=0), jacobian.clamp(max=0))
     return (leak * jacobian + (1 - leak) * kept).sum(dim=-2)
+
+
+def draw(shape: torch.Size, generator: Generator | None, device: device) -> Tensor:
+    """Uniform numbers, float32 for gradients of any width."""
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
 
 
 @register(
@@ -62,6 +68,7 @@ class GradDrop(ColumnMethod):
     """
 
     needs: ClassVar[Needs] = Needs.COLUMNS
+    marks_nonfinite: ClassVar[bool] = True
     leak: float = 0.0
 
     def __post_init__(self) -> None:
@@ -72,4 +79,6 @@ class GradDrop(ColumnMethod):
         return {}
 
     def columns(self, jacobian: Tensor, state: State, generator: Generator | None) -> Tensor:
-        return graddrop(jacobian, leak=self.leak, generator=generator)
+        if has_kernel(jacobian):
+            return graddrop_columns(jacobian, draw(jacobian.shape[-1:], generator, jacobian.device), self.leak)
+        return mark_nonfinite(jacobian, graddrop(jacobian, leak=self.leak, generator=generator))

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, device, dtype
 
-from gradsurgery.registry import ColumnMethod, State, register
+from gradsurgery.kernels import has_kernel, trimmed_mean_columns
+from gradsurgery.registry import ColumnMethod, State, mark_nonfinite, register
 from gradsurgery.stats import Needs
 
 
@@ -54,6 +55,7 @@ class TrimmedMean(ColumnMethod):
     """
 
     needs: ClassVar[Needs] = Needs.COLUMNS
+    marks_nonfinite: ClassVar[bool] = True
     trim: int = 1
 
     def __post_init__(self) -> None:
@@ -64,4 +66,6 @@ class TrimmedMean(ColumnMethod):
         return {}
 
     def columns(self, jacobian: Tensor, state: State, generator: Generator | None) -> Tensor:
-        return trimmed_mean(jacobian, trim=self.trim)
+        if has_kernel(jacobian):
+            return trimmed_mean_columns(jacobian, self.trim)
+        return mark_nonfinite(jacobian, trimmed_mean(jacobian, trim=self.trim))
