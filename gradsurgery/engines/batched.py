@@ -10,8 +10,7 @@ from gradsurgery.engines.check import Checked
 from gradsurgery.engines.cut import Cut, cut
 from gradsurgery.engines.engine import Batch, Measurement
 from gradsurgery.engines.flow import flow
-from gradsurgery.engines.graph import leaf
-from gradsurgery.engines.rows import Gradients, Rows
+from gradsurgery.engines.rows import Rows
 from gradsurgery.engines.sequential import Sequential
 
 
@@ -40,7 +39,7 @@ class Batched(Checked):
         parts = cut(batch)
         rows = held if isinstance(held, Rows) else Rows(parts.T, batch.layout, self.name)
         wanted = {id(p) for p in (*batch.layout.params, *parts.foreign)}
-        inside = [p for node in parts.order if (p := leaf(node)) is not None and id(p) in wanted]
+        inside = [p for p in parts.trunk.leaves.values() if id(p) in wanted]
         size = self.chunk_size or len(parts.present)
         for first in range(0, len(parts.present), size):
             chunk = slice(first, first + size)
@@ -61,8 +60,14 @@ def _put(rows: Rows, batch: Batch, parts: Cut, chunk: slice, found: dict[Tensor,
     for p, direct in parts.direct.items():
         g = found.get(p)
         found[p] = direct[chunk] if g is None else g + direct[chunk]
-    apart = {p: g.unbind() for p, g in found.items() if g is not None}
-    for k, t in enumerate(parts.present[chunk]):
-        shared: Gradients = [apart[p][k] if p in apart else None for p in batch.layout.params]
-        foreign = [(p, apart[p][k].clone()) for p in parts.foreign if p in apart]
-        rows.put(t, shared, [*parts.own[t].items(), *foreign], ours=False)
+    tasks = parts.present[chunk]
+    shared = [found.get(p) for p in batch.layout.params]
+    if len(tasks) == parts.T:
+        rows.put_all(shared)
+    else:
+        apart = [[None] * len(tasks) if g is None else g.unbind() for g in shared]
+        for k, t in enumerate(tasks):
+            rows.put(t, [g[k] for g in apart], (), ours=False)
+    for k, t in enumerate(tasks):
+        foreign = ((p, g[k].clone()) for p in parts.foreign if (g := found.get(p)) is not None)
+        rows.put_own(t, (*parts.own[t].items(), *foreign))

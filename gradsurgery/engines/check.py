@@ -71,7 +71,7 @@ class Checked(Engine):
         expected = _expected(batch)
         scale = expected.square().sum(dim=1).sqrt()
         # What is wrong for some tasks may be right for a single one, or where gradients vanish.
-        if len(expected) < 2 or not bool((scale.isfinite() & (scale > 0)).all()):
+        if len(expected) < min(2, len(batch.losses.tasks)) or not bool((scale.isfinite() & (scale > 0)).all()):
             return None
         kept = dataclasses.replace(batch, retain=True)
         try:
@@ -103,6 +103,6 @@ def _expected(batch: Batch) -> Tensor:
 
 def _tolerance(batch: Batch) -> float:
     """Of the narrowest arithmetic in the graph; a cast there, autocast's perhaps, counts as half precision."""
-    if any(node.name() == "ToCopyBackward0" for node in survey(batch.losses.outputs).order):
+    if any(node.name() == "ToCopyBackward0" for node in survey(batch.losses.outputs).next):
         return CAST
     return max(TOLERANCE.get(p.dtype, CAST) for p in batch.layout.params)

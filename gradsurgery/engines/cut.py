@@ -1,20 +1,21 @@
 """Every task's own part of the graph differentiated, down to where it joins the part that several tasks share.
 
-Heads are passed once, whatever happens below: what is left of a batch is the shared part of the graph, the edges at
-which gradients enter it, and a gradient a task at each of them.
+Heads are passed once, all in one pass, whatever happens below: what is left of a batch is the shared part of the graph,
+the edges at which gradients enter it, and a gradient a task at each of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery.engines.engine import Batch, accumulate
-from gradsurgery.engines.graph import Edge, Graph, below, leaf, survey
+from gradsurgery.engines.graph import Edge, Graph, spread_bits, survey
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Cut:
     Attributes:
         T: tasks.
         present: positions of the K present ones.
-        order: nodes of the shared part, each before those that it passes gradients on to.
+        trunk: the shared part of the graph.
         edges: where gradients enter it.
         seeds: at each edge, the gradients (K, *shape) that enter there.
         own: by task (T), the gradients of parameters that are not shared, from its own part.
@@ -34,7 +35,7 @@ class Cut:
 
     T: int
     present: list[int]
-    order: list[Node]
+    trunk: Graph
     edges: list[GradientEdge]
     seeds: list[Tensor]
     own: list[dict[Tensor, Tensor]]
@@ -89,38 +90,37 @@ def cut(batch: Batch, graph: Graph | None = None, at: Sequence[Edge] | None = No
     if at is None:
         common = {node for node, tasks in graph.tasks.items() if tasks & (tasks - 1)}
     else:
-        common = below(graph.order, (node for node, _ in at))
-    order = [node for node in graph.order if node in common]
+        common = graph.below(node for node, _ in at)
+    trunk = graph.within(common)
     operated, wanted = {id(p) for p in shared}, {id(p) for p in (*shared, *batch.task_specific)}
     own: list[dict[Tensor, Tensor]] = [{} for _ in losses.tasks]
     entering: dict[Edge, dict[int, Tensor]] = {}
     direct: dict[Tensor, dict[int, Tensor]] = {}
-    head = _Heads(graph, common, order, wanted, retain=batch.retain)
-    for row, t in enumerate(losses.present):
-        for edge, g in head.gradients(t, batch).items():
-            p = leaf(edge[0])
-            if p is None:
-                entering.setdefault(edge, {})[row] = g
-            elif id(p) in operated:
-                direct.setdefault(p, {})[row] = g
-            else:
-                own[t][p] = g.clone()
-    K = len(losses.present)
-    variables = [p for node in order if (p := leaf(node)) is not None]
+    row = {t: k for k, t in enumerate(losses.present)}
+    for (t, edge), g in _Heads(batch, graph, trunk, wanted).gradients().items():
+        p = graph.leaves.get(edge[0])
+        if p is None:
+            entering.setdefault(edge, {})[row[t]] = g
+        elif id(p) in operated:
+            direct.setdefault(p, {})[row[t]] = g
+        else:
+            own[t][p] = g
     return Cut(
         len(losses.tasks),
         losses.present,
-        order,
+        trunk,
         [GradientEdge(*edge) for edge in entering],
-        [_stack(rows, K) for rows in entering.values()],
+        [_stack(rows, len(row)) for rows in entering.values()],
         own,
-        {p: _stack(rows, K) for p, rows in direct.items()},
-        [p for p in variables if id(p) in wanted and id(p) not in operated],
+        {p: _stack(rows, len(row)) for p, rows in direct.items()},
+        [p for p in trunk.leaves.values() if id(p) in wanted and id(p) not in operated],
     )
 
 
 def _stack(rows: Mapping[int, Tensor], K: int) -> Tensor:
     """(K, *shape), 0 where there is no row."""
+    if len(rows) == K:
+        return torch.stack([rows[k] for k in range(K)])
     some = next(iter(rows.values()))
     stacked = torch.zeros((K, *some.shape), dtype=some.dtype, device=some.device)
     for k, g in rows.items():
@@ -132,100 +132,105 @@ class _Heads:
     """The tasks' own parts of a graph.
 
     Args:
+        batch: whose losses they are.
         graph: of all losses.
-        common: its shared part, and ``order``, the same in order.
+        trunk: its shared part.
         wanted: ids of all leaves that want a gradient.
-        retain: whether the parts are kept.
     """
 
-    def __init__(self, graph: Graph, common: set[Node], order: Sequence[Node], wanted: set[int], *, retain: bool):
-        self._graph, self._common, self._wanted = graph, common, wanted
-        self._nodes: dict[int, list[Node]] = {}
-        self._retain = retain
-        self._hooked: dict[Edge, bool] = {}
-        for node in graph.order:
-            if node not in common:
-                tasks = graph.tasks[node]
-                self._retain |= bool(tasks & (tasks - 1))
-                for t in range(tasks.bit_length()):
-                    if tasks >> t & 1:
-                        self._nodes.setdefault(t, []).append(node)
-        entries = {target for node in graph.order if node not in common for target, _ in self._leaving(node)}
-        self._bits = {node: 1 << n for n, node in enumerate(entries)}
-        self._upstream = _upstream(order, self._bits) if len(entries) > 1 else dict.fromkeys(entries, 0)
-
-    def _leaving(self, node: Node) -> list[Edge]:
-        return [(target, nr) for target, nr in node.next_functions if target is not None and target in self._common]
-
-    def gradients(self, t: int, batch: Batch) -> dict[Edge, Tensor]:
-        """Of a task's loss, at the edges where it enters the shared part, and at the leaves of its own part."""
-        nodes, root = self._nodes.get(t, []), self._graph.roots[t]
-        assert root is not None
-        if not nodes:
-            return {root: batch.start(t)[1]}
-        consumers: dict[Edge, list[Node]] = {}
-        for node in nodes:
-            for edge in self._leaving(node):
-                if self._wants(edge[0]) and node not in (known := consumers.setdefault(edge, [])):
-                    known.append(node)
-        tainted = self._tainted(consumers) | {edge for edge in consumers if self._is_hooked(edge)}
-        targets = [(node, 0) for node in nodes if leaf(node) is not None and self._wants(node)]
-        targets += [edge for edge in consumers if edge not in tainted]
-        last = dict.fromkeys(user for edge in tainted for user in consumers[edge])
-        watched = [(user, nr) for user in last for nr in range(len(user._input_metadata))]
-        found = _gradients(batch, t, [*targets, *watched], retain=self._retain or bool(last))
-        gradients = {edge: g for edge, g in zip(targets, found, strict=False) if g is not None}
-        arriving = dict(zip(watched, found[len(targets) :], strict=True))
-        for user in last:
-            _add(gradients, tainted, user, [arriving[user, nr] for nr in range(len(user._input_metadata))])
-        return gradients
-
-    def _is_hooked(self, edge: Edge) -> bool:
-        """Whether a hook changes gradients that arrive there: as one is asked for, and again as the shared part is
-        passed. Nothing tells but a try."""
-        if edge not in self._hooked:
-            metadata = edge[0]._input_metadata[edge[1]]
-            probe = torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
-            point = GradientEdge(*edge)
-            (arrived,) = torch.autograd.grad(point, [point], probe, retain_graph=True)  # pyright: ignore
-            self._hooked[edge] = leaf(edge[0]) is None and arrived is not probe
-        return self._hooked[edge]
+    def __init__(self, batch: Batch, graph: Graph, trunk: Graph, wanted: set[int]):
+        self._batch, self._graph, self._trunk, self._wanted = batch, graph, trunk, wanted
+        self._nodes = [node for node in graph.next if node not in trunk.next]
+        # Where the shared part begins is up to the user, several tasks may pass a node before it.
+        self._apart = all(not graph.tasks[node] & (graph.tasks[node] - 1) for node in self._nodes)
+        self._users: dict[Edge, list[Node]] = {}
+        for node in self._nodes:
+            for edge in dict.fromkeys(graph.next[node]):
+                if edge[0] in trunk.next and self._wants(edge[0]):
+                    self._users.setdefault(edge, []).append(node)
+        self._tainted = _tainted(trunk, self._users)
+        if any(graph.leaves[node]._backward_hooks for node, _ in self._users if node in graph.leaves):
+            raise ValueError(
+                "A parameter that tasks use by themselves as well as together has a hook, which would see its gradient "
+                "in parts. Use engine='sequential'."
+            )
 
     def _wants(self, node: Node) -> bool:
-        p = leaf(node)
+        p = self._graph.leaves.get(node)
         return p is None or id(p) in self._wanted
 
-    def _tainted(self, edges: Iterable[Edge]) -> set[Edge]:
-        """The edges that gradients from others of them flow into: a backward to both would pass the shared part."""
-        edges = list(edges)
-        entered = 0
-        for node, _ in edges:
-            entered |= self._bits[node]
-        return {edge for edge in edges if self._upstream[edge[0]] & entered}
+    def gradients(self) -> dict[tuple[int, Edge], Tensor]:
+        """By task, at the edges where its gradient enters the shared part and at the leaves of its own part."""
+        present, found = self._batch.losses.present, dict[tuple[int, Edge], Tensor]()
+        started = []
+        for t in present:
+            root = self._graph.roots[t]
+            assert root is not None
+            if root[0] in self._trunk.next:
+                found[t, root] = self._batch.start(t)[1]
+            else:
+                started.append(t)
+        for tasks in [started] if self._apart else [[t] for t in started]:
+            self._pass(tasks, found)
+        return found
+
+    def _pass(self, tasks: Sequence[int], found: dict[tuple[int, Edge], Tensor]) -> None:
+        """One backward of some tasks' losses; what each adds at an edge is seen as it leaves that task's own part."""
+        mask = sum(1 << t for t in tasks)
+        nodes = {node for node in self._nodes if self._graph.tasks[node] & mask}
+        users = {edge: [user for user in users if user in nodes] for edge, users in self._users.items()}
+        leaves = [(node, 0) for node in nodes if node in self._graph.leaves and self._wants(node)]
+        ends = [edge for edge in users if users[edge] and edge not in self._tainted]
+        last = dict.fromkeys(user for edge in self._tainted for user in users[edge])
+        arriving = [(user, nr) for user in last for nr in range(len(user._input_metadata))]
+
+        def task_of(node: Node) -> int:
+            return (self._graph.tasks[node] & mask).bit_length() - 1
+
+        def add(user: Node, passed: Sequence[Tensor | None], edges: Iterable[Edge]) -> None:
+            wanted, t = set(edges), task_of(user)
+            for (target, nr), g in zip(user.next_functions, passed, strict=True):
+                if target is not None and g is not None and (target, nr) in wanted:
+                    key = (t, (target, nr))
+                    found[key] = found[key] + g if key in found else g
+
+        def watch(user: Node) -> Callable[[Sequence[Tensor | None], Any], None]:
+            return lambda passed, _: add(user, passed, ends)
+
+        handles = [user.register_hook(watch(user)) for user in dict.fromkeys(u for end in ends for u in users[end])]
+        try:
+            gradients = self._differentiate(tasks, [*leaves, *ends, *arriving], retain=bool(last))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for edge, g in zip(leaves, gradients, strict=False):
+            if g is not None:
+                found[task_of(edge[0]), edge] = g.clone()
+        at = dict(zip(arriving, gradients[len(leaves) + len(ends) :], strict=True))
+        for user in last:
+            passed: Any = user(*(at[user, nr] for nr in range(len(user._input_metadata))))  # pyright: ignore
+            add(user, passed if isinstance(passed, tuple) else (passed,), self._tainted)
+
+    def _differentiate(self, tasks: Sequence[int], targets: Sequence[Edge], *, retain: bool) -> list[Tensor | None]:
+        if not targets:
+            return []
+        leaves = self._graph.leaves
+        inputs = [leaves[edge[0]] if edge[0] in leaves else GradientEdge(*edge) for edge in targets]
+        outputs, seeds = zip(*(self._batch.start(t) for t in tasks), strict=True)
+        kept = retain or self._batch.retain or not self._apart
+        found = torch.autograd.grad(outputs, inputs, seeds, retain_graph=kept, allow_unused=True)  # pyright: ignore
+        return [None if g is None else g.to_dense() for g in found]
 
 
-def _upstream(order: Sequence[Node], bits: Mapping[Node, int]) -> dict[Node, int]:
-    """By node of the shared part, the bits of those above it."""
-    upstream = dict.fromkeys(order, 0)
-    for node in order:
-        passed = upstream[node] | bits.get(node, 0)
-        for target, _ in node.next_functions:
-            if target is not None:
-                upstream[target] |= passed
-    return upstream
-
-
-def _gradients(batch: Batch, task: int, targets: Sequence[Edge], *, retain: bool) -> list[Tensor | None]:
-    if not targets:
-        return []
-    inputs = [GradientEdge(*edge) if (p := leaf(edge[0])) is None else p for edge in targets]
-    return [None if g is None else g.to_dense() for g in batch.gradients(task, inputs, retain=retain)]
-
-
-def _add(gradients: dict[Edge, Tensor], wanted: set[Edge], user: Node, arriving: Sequence[Tensor | None]) -> None:
-    """Adds what a node makes of the gradients that arrive at it, where that is wanted."""
-    passed = user(*arriving)  # pyright: ignore[reportCallIssue]
-    passed = passed if isinstance(passed, tuple) else (passed,)
-    for (node, nr), g in zip(user.next_functions, passed, strict=True):
-        if node is not None and g is not None and (edge := (node, nr)) in wanted:
-            gradients[edge] = gradients[edge] + g if edge in gradients else g
+def _tainted(trunk: Graph, entries: Iterable[Edge]) -> set[Edge]:
+    """Of the edges where gradients enter, those that gradients from others of them flow into: a backward to both would
+    pass what lies between."""
+    entries = list(entries)
+    nodes = list(dict.fromkeys(node for node, _ in entries))
+    if len(nodes) < 2:
+        return set()
+    above = dict.fromkeys(trunk.next, 0)
+    for n, node in enumerate(nodes):
+        above[node] = 1 << n
+    spread_bits(trunk.next, above)
+    return {(node, nr) for node, nr in entries if above[node] & (above[node] - 1)}

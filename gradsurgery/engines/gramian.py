@@ -17,7 +17,7 @@ from gradsurgery.engines.check import Checked, project
 from gradsurgery.engines.cut import Cut, cut
 from gradsurgery.engines.engine import Batch, Measurement, RowMap, accumulate, spread
 from gradsurgery.engines.flow import flow, tap
-from gradsurgery.engines.graph import leaf
+from gradsurgery.engines.graph import Graph
 from gradsurgery.engines.layout import Layout
 from gradsurgery.engines.rules import LayerRule, rule_of
 from gradsurgery.engines.sequential import Sequential
@@ -185,8 +185,7 @@ class Streamed(Measurement):
 
     def _inside(self) -> list[Tensor]:
         """Shared parameters in the shared part of the graph."""
-        leaves = (leaf(node) for node in self._cut.order)
-        return [p for p in leaves if p is not None and p in self._place]
+        return [p for p in self._cut.trunk.leaves.values() if p in self._place]
 
     def _stream(
         self,
@@ -206,7 +205,7 @@ class Streamed(Measurement):
             seen.add(n)
             visit(n, rows + direct[p] if p in direct else rows)
 
-        passed, ends = plan(self._cut.order, formed, sites)
+        passed, ends = plan(self._cut.trunk, formed, sites)
         handles: list[RemovableHandle] = []
         try:
             handles += [p.register_hook(self._hook(functools.partial(see, self._place[p]))) for p in formed]
@@ -239,46 +238,40 @@ def _flat(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), -1)
 
 
-def plan(order: Sequence[Node], formed: Sequence[Tensor], sites: Sequence[Site]) -> tuple[list[Site], list[Site]]:
+def plan(trunk: Graph, formed: Sequence[Tensor], sites: Sequence[Site]) -> tuple[list[Site], list[Site]]:
     """The sites that a backward to ``formed`` and to the others passes, and those others, at which it ends."""
     wanted, by_node = {id(p) for p in formed}, {site.node: site for site in sites}
-    leading = set[Node]()
+    leading = {node for node, p in trunk.leaves.items() if id(p) in wanted}
     passed, ends = [], []
-    for node in reversed(order):
-        p, site = leaf(node), by_node.get(node)
-        leads = id(p) in wanted if p is not None else any(target in leading for target, _ in node.next_functions)
-        if site is not None:
-            (passed if leads else ends).append(site)
-        if leads or site is not None:
+    for node in reversed(trunk.next):
+        leads = node in leading or any(target in leading for target, _ in trunk.next[node])
+        if node in by_node:
+            (passed if leads else ends).append(by_node[node])
+        if leads or node in by_node:
             leading.add(node)
     return passed, ends
 
 
 def find_sites(parts: Cut, layout: Layout, place: dict[Tensor, int]) -> list[Site]:
     """The layers of the shared part whose rule costs less than their weight gradients."""
-    uses: dict[Node, int] = {}
-    for node in parts.order:
-        for target, _ in node.next_functions:
-            if target is not None:
-                uses[target] = uses.get(target, 0) + 1
-    for edge in parts.edges:
-        uses[edge.node] = uses.get(edge.node, 0) + 1
+    trunk, uses = parts.trunk, dict[Node, int]()
+    for target in (*(target for edges in trunk.next.values() for target, _ in edges), *(e.node for e in parts.edges)):
+        uses[target] = uses.get(target, 0) + 1
 
     def parameter(node: Node, nr: int) -> int | None:
         """The layout's parameter that is this input of a node, if it is nothing else's."""
         target = node.next_functions[nr][0] if nr < len(node.next_functions) else None
         while target is not None and uses[target] == 1:
-            p = leaf(target)
+            p = trunk.leaves.get(target)
             if p is not None:
-                hooked = p._backward_hooks or p in parts.direct
-                return None if hooked else place.get(p)
+                return None if p._backward_hooks or p in parts.direct else place.get(p)
             if target.name() not in ISOMETRIES:
                 return None
             target = target.next_functions[0][0]
         return None
 
     sites = []
-    for node in parts.order:
+    for node in trunk.next:
         rule = rule_of(node, len(parts.present))
         weight = None if rule is None else parameter(node, rule.weight)
         if rule is not None and weight is not None:

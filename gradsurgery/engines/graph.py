@@ -1,6 +1,6 @@
 """The graph of a batch's losses: what each task has to itself, and where that joins what several share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,80 +14,86 @@ Edge = tuple[Node, int]
 
 @dataclass(frozen=True)
 class Graph:
-    """Attributes:
-    order: every node, before those that it passes gradients on to.
-    tasks: of every node, the tasks whose losses reach it: bit t for task t.
-    roots: where each task's gradient starts; None for an absent task.
+    """A graph of losses, or a part of it that gradients do not leave.
+
+    Attributes:
+        next: by node, where it passes gradients on to. The nodes are in order: each before those.
+        leaves: the leaf tensors that some of the nodes stand for.
+        tasks: of every node, the tasks whose losses reach it: bit t for task t.
+        roots: where each task's gradient starts; None for an absent task.
     """
 
-    order: list[Node]
+    next: dict[Node, list[Edge]]
+    leaves: dict[Node, Tensor]
     tasks: dict[Node, int]
-    roots: list[Edge | None]
+    roots: Sequence[Edge | None]
+
+    def below(self, starts: Iterable[Node]) -> set[Node]:
+        """The nodes that gradients at ``starts`` flow through, these among them."""
+        found = set(starts)
+        for node, edges in self.next.items():
+            if node in found:
+                found.update(target for target, _ in edges)
+        return found
+
+    def within(self, nodes: set[Node]) -> "Graph":
+        """The part that consists of these nodes."""
+        return Graph(
+            {node: edges for node, edges in self.next.items() if node in nodes},
+            {node: leaf for node, leaf in self.leaves.items() if node in nodes},
+            self.tasks,
+            self.roots,
+        )
 
 
 def survey(outputs: Sequence[Output | None]) -> Graph:
     """Walks the graphs of all losses at once, each node a single time."""
-    roots = [_root(output) for output in outputs]
-    order = _sorted(root[0] for root in roots if root is not None)
-    tasks = dict.fromkeys(order, 0)
+    roots = [None if output is None else _edge(output) for output in outputs]
+    after = _sorted(root[0] for root in roots if root is not None)
+    # Of all nodes, a leaf's alone passes nothing on.
+    leaves = {node: node.variable for node, edges in after.items() if not edges and accumulates(node)}  # pyright: ignore
+    tasks = dict.fromkeys(after, 0)
     for t, root in enumerate(roots):
         if root is not None:
             tasks[root[0]] |= 1 << t
-    for node in order:
-        reached = tasks[node]
-        for target, _ in node.next_functions:
-            if target is not None:
-                tasks[target] |= reached
-    return Graph(order, tasks, roots)
+    spread_bits(after, tasks)
+    return Graph(after, leaves, tasks, roots)
 
 
-def _root(output: Output | None) -> Edge | None:
-    if output is None:
-        return None
+def spread_bits(after: Mapping[Node, Sequence[Edge]], bits: dict[Node, int]) -> None:
+    """Hands every node's bits on to all nodes after it."""
+    for node, edges in after.items():
+        mine = bits[node]
+        if mine:
+            for target, _ in edges:
+                bits[target] |= mine
+
+
+def _edge(output: Output) -> Edge:
     edge = output if isinstance(output, GradientEdge) else get_gradient_edge(output)
     return edge.node, edge.output_nr
 
 
-def _sorted(roots: Iterable[Node]) -> list[Node]:
-    """Topologically, from the roots on."""
+def _sorted(roots: Iterable[Node]) -> dict[Node, list[Edge]]:
+    """Topologically, from the roots on; each node with the edges that lead out of it."""
+    after: dict[Node, list[Edge]] = {}
     done: list[Node] = []
-    seen: set[Node] = set()
     for root in roots:
-        if root in seen:
+        if root in after:
             continue
-        seen.add(root)
-        stack = [(root, iter(root.next_functions))]
+        stack = [(root, iter(_open(root, after)))]
         while stack:
-            node, targets = stack[-1]
-            for target, _ in targets:
-                if target is not None and target not in seen:
-                    seen.add(target)
-                    stack.append((target, iter(target.next_functions)))
+            node, edges = stack[-1]
+            for target, _ in edges:
+                if target not in after:
+                    stack.append((target, iter(_open(target, after))))
                     break
             else:
                 done.append(node)
                 stack.pop()
-    return done[::-1]
+    return {node: after[node] for node in reversed(done)}
 
 
-def below(order: Sequence[Node], starts: Iterable[Node]) -> set[Node]:
-    """The nodes that gradients at ``starts`` flow through, these among them."""
-    found = set(starts)
-    for node in order:
-        if node in found:
-            found.update(target for target, _ in node.next_functions if target is not None)
-    return found
-
-
-def above(order: Sequence[Node], targets: Iterable[Node]) -> set[Node]:
-    """The nodes whose gradients flow into ``targets``, these left out where nothing of theirs does."""
-    goals, found = set(targets), set[Node]()
-    for node in reversed(order):
-        if any(target in goals or target in found for target, _ in node.next_functions):
-            found.add(node)
-    return found
-
-
-def leaf(node: Node) -> Tensor | None:
-    """The leaf tensor that the node stands for, if it does."""
-    return node.variable if accumulates(node) else None  # pyright: ignore[reportAttributeAccessIssue]
+def _open(node: Node, after: dict[Node, list[Edge]]) -> list[Edge]:
+    after[node] = [(target, nr) for target, nr in node.next_functions if target is not None]
+    return after[node]

@@ -58,6 +58,7 @@ class Layout:
         self.pieces = self._cut(blocks)
         self._rows: Tensor | None = None
         self._row_views: list[list[Tensor]] = []
+        self._stacked: list[Tensor] = []
 
     def _cut(self, blocks: Sequence[Sequence[Tensor]]) -> list[Piece]:
         limit = PIECE if self.device.type == "cpu" else self.bounds[-1]
@@ -87,12 +88,21 @@ class Layout:
         if self._rows is None or len(self._rows) != T:
             self._rows = torch.zeros(T, self.bounds[-1], dtype=self.dtype, device=self.device)
             self._row_views = [self.views(row) for row in self._rows]
+            self._stacked = [
+                self._rows.as_strided((T, *shape), (self.bounds[-1], *stride), offset)
+                for shape, stride, offset in self._places
+            ]
         return self._rows
 
     def row_views(self, T: int) -> list[list[Tensor]]:
         """The T x P pieces of `rows`, made once."""
         self.rows(T)
         return self._row_views
+
+    def stacked_views(self, T: int) -> list[Tensor]:
+        """The P pieces (T, *shape) of `rows`, made once."""
+        self.rows(T)
+        return self._stacked
 
     def memory(self, piece: Piece, gradients: Sequence[Tensor | None]) -> Tensor | None:
         """The memory (n,) of a gradient that makes up the whole piece and lies as in a row; None where there is none.

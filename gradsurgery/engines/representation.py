@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from gradsurgery import kernels
 from gradsurgery.engines.cut import Cut, cut
 from gradsurgery.engines.engine import Batch, Engine, Measurement, RowMap, spread
-from gradsurgery.engines.graph import Edge, Graph, below, leaf, survey
+from gradsurgery.engines.graph import Edge, Graph, survey
 from gradsurgery.stats import Needs
 
 Reduce = Literal["none", "sum"]
@@ -118,20 +118,18 @@ def _check_reach(graph: Graph, at: Sequence[Edge], batch: Batch) -> None:
     """Raises ValueError where a loss reaches shared parameters past the representation, or it reaches none."""
     stops, shared = set(at), {id(p) for p in batch.layout.params}
     passed = {root[0] for root in graph.roots if root is not None and root not in stops}
-    for node in graph.order:
+    for node, edges in graph.next.items():
         if node in passed:
-            passed.update(
-                target for target, nr in node.next_functions if target is not None and (target, nr) not in stops
-            )
-    around = [p for node in passed if (p := leaf(node)) is not None and id(p) in shared]
+            passed.update(edge[0] for edge in edges if edge not in stops)
+    around = [p for node, p in graph.leaves.items() if node in passed and id(p) in shared]
     if around:
         raise ValueError(
             f"Losses bypass the representation: they reach {len(around)} shared parameters (one of shape "
             f"{tuple(around[0].shape)}) by other ways, so that its gradient is not all of theirs. Pass every tensor at "
             "which heads begin, leave those parameters out of shared_params, or use engine='sequential'."
         )
-    inside = below(graph.order, (node for node, _ in at))
-    if not any(node in graph.tasks and id(leaf(node)) in shared for node in inside):
+    inside = graph.below(node for node, _ in at)
+    if not any(node in inside and id(p) in shared for node, p in graph.leaves.items()):
         raise ValueError(
             "No shared parameter lies below the representation in the losses' graph: pass the trunk's output itself, "
             "not a detached copy or a tensor of another forward."

@@ -23,6 +23,7 @@ class Rows(Measurement):
         self._layout = layout
         self._rows = layout.rows(T)
         self._views = layout.row_views(T)
+        self._stacked = layout.stacked_views(T)
         self._filled = [False] * T
         self._reached = [False] * len(layout.params)
         self._own: list[dict[Tensor, Tensor]] = [{} for _ in range(T)]
@@ -44,12 +45,25 @@ class Rows(Measurement):
         else:
             _copy(self._views[task], shared)
             self._filled[task] = True
-        kept = self._own[task]
-        for p, g in own:
-            if g is not None:
-                kept[p] = add(kept[p], g) if p in kept else (g if ours else g.clone())
+        self.put_own(task, ((p, g if ours else g.clone()) for p, g in own if g is not None))
         if ours:
             self._spare = shared
+
+    def put_all(self, shared: Gradients) -> None:
+        """Adds all tasks' gradients, (T, *shape) of each of the layout's parameters."""
+        self._reached = [seen or g is not None for seen, g in zip(self._reached, shared, strict=True)]
+        if any(self._filled):
+            self._complete()
+            _add(self._stacked, shared)
+        else:
+            _copy(self._stacked, shared)
+            self._filled = [True] * len(self._filled)
+
+    def put_own(self, task: int, own: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Adds a task's gradients of other parameters, which become these rows' own."""
+        kept = self._own[task]
+        for p, g in own:
+            kept[p] = add(kept[p], g) if p in kept else g
 
     def sketch(self, tasks: Sequence[int]) -> Tensor:
         """`project` of these tasks' rows: (K, P)."""
