@@ -11,6 +11,7 @@ from math import sqrt
 
 import numpy as np
 
+from gradsurgery.solvers.cagrad_root import cagrad_rooted
 from gradsurgery.solvers.min_norm import min_norm_numpy
 from gradsurgery.solvers.nnqp import nnqp, nnqp_one
 from gradsurgery.solvers.operator import solver
@@ -30,6 +31,11 @@ def cagrad_numpy(gramian: np.ndarray, v: np.ndarray, c: float) -> tuple[np.ndarr
     todo = np.flatnonzero(levels.radius > 0)
     if len(todo):
         multipliers[todo], residual[todo] = _solve(take(levels, todo))
+    for n in np.flatnonzero(~(residual <= ACCEPTED)):
+        if np.isfinite(gramian[n]).all():
+            candidate, gap = cagrad_rooted(gramian[n], v, c)
+            if not residual[n] <= gap:
+                multipliers[n], residual[n] = candidate, gap
     return multipliers, residual
 
 
