@@ -4,7 +4,7 @@ Written as d = g0 + J^T l with multipliers l >= 0: for a level s, l(s) minimises
 non-negative program, and is the nearest point to g0 at which every task gains s. |J^T l(s)| is convex and increasing
 in s, and Newton's method finds where it meets k. In the paper's dual (Liu et al., NeurIPS 2021, eq. 3) l = k w / |g_w|.
 Where that is 0/0 (g_w = 0: Pareto stationary), s = 0 is the best level and l(0), the projection of g0 onto the dual
-cone, still solves the problem above.
+cone, still solves the problem above. What this leaves with a residual goes to `gradsurgery.solvers.cagrad_root`.
 """
 
 from math import sqrt
@@ -203,6 +203,10 @@ def cagrad_multipliers(gramian: np.ndarray, preference: np.ndarray, c: float) ->
         c: radius of the search relative to |g0|, >= 0.
 
     Returns:
-        l (..., T) >= 0 with d = (preference + l)^T J, and the relative primal-dual gap (...,).
+        l (..., T) >= 0 with d = (preference + l)^T J, and the primal-dual gap (...,) relative to the squared radius k^2,
+        at most 1e-8 but where gradients cancel so far that one rounding of w = preference + l moves a gain by more: at
+        about eps max |g| sum(w |g|) > 1e-8 k^2. Then d is the best direction that was found, in the ball, and no worse
+        for the worst-off task than g0 or the safe direction, g0 and k along the point of least norm, which helps every
+        task; the residual says by how much it may miss the best.
     """
     return cagrad_numpy(gramian, preference, c)

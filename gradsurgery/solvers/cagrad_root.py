@@ -4,6 +4,11 @@ Where gradients nearly cancel, the multipliers l are large and l^T G l loses the
 up to rounding of G, nothing is squared: l(s) (see `gradsurgery.solvers.cagrad`) are the multipliers of the least z with
 F^T z >= s - gain. While its support stays, z is linear in s, and |z| = k is a quadratic: Newton's method on these
 pieces, kept in a bracket, ends after a few.
+
+Gradients within about 1e-4 of opposite, and a mean as short as what they leave, are beyond float64: a rounding of the
+weights moves the gains by more than 1e-8 k^2. What is returned is then the best of the points that were tried, of the
+mean g0, and of the safe direction g0 + k m / |m|, m the point of least norm: in the ball, and no task gains less by it
+than <g_i, g0> + k |m|.
 """
 
 from dataclasses import dataclass
