@@ -20,7 +20,7 @@ from gradsurgery.methods.pcgrad import draw_orders
 from gradsurgery.solvers import cagrad_multipliers, conic, dual_cone, dual_projection, fair, min_norm, nash
 from gradsurgery.solvers.cagrad import cagrad_numpy, cagrad_pair
 from gradsurgery.solvers.dual_cone import dual_cone_numpy, dual_cone_pair, dual_projection_numpy, dual_projection_pair
-from gradsurgery.solvers.fair import nash_pair
+from gradsurgery.solvers.fair import fair_pair, nash_pair
 from gradsurgery.solvers.min_norm import min_norm_numpy, min_norm_pair
 from gradsurgery.solvers.nnqp import nnqp, nnqp_one
 from gradsurgery.solvers.operator import plain
@@ -237,18 +237,18 @@ def test_cagrad_of_nearly_opposite_rows(T: int, c: float) -> None:
     for exponent, seed in itertools.product(range(1, 10), range(3)):
         J = nearly_opposite(T, 10.0**-exponent, seed)
         G, mean = J @ J.T, torch.full((T,), 1 / T, dtype=torch.float64)
-        l, residual = cagrad_multipliers(G, mean, c)
+        added, residual = cagrad_multipliers(G, mean, c)
         g0, radius = mean @ J, c * (mean @ J).norm()
         norm = J.norm(dim=1)
         # What one rounding of the weights moves a gain, and what a least norm that rounding of G hides moves the best.
         unit = torch.finfo(torch.float64).eps * T
-        floor = unit * norm.max() * (norm @ (mean + l)) / radius**2 + (8 * unit) ** 0.5 * norm.max() / radius
+        floor = unit * norm.max() * (norm @ (mean + added)) / radius**2 + (8 * unit) ** 0.5 * norm.max() / radius
         assert residual <= max(1e-8, floor)
-        assert l.min() >= 0
+        assert added.min() >= 0
         # G knows squared lengths to a rounding of the terms that they are sums of.
-        blur = (unit * 4) ** 0.5 * norm @ (mean + l)
-        assert (l @ J).norm() <= radius * (1 + 1e-12) + blur
-        assert (J @ (g0 + l @ J)).min() >= (J @ g0).min() - 1e-12 * radius * norm.max() - norm.max() * blur
+        blur = (unit * 4) ** 0.5 * norm @ (mean + added)
+        assert (added @ J).norm() <= radius * (1 + 1e-12) + blur
+        assert (J @ (g0 + added @ J)).min() >= (J @ g0).min() - 1e-12 * radius * norm.max() - norm.max() * blur
 
 
 @pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
@@ -264,13 +264,25 @@ def test_one_rounding_of_the_weights_is_what_cagrad_has_left() -> None:
     """At an angle of 1e-5 from opposite no float64 weights are within 1e-8 of CAGrad's optimum but by luck."""
     J = nearly_opposite(2, 1e-5, 0)
     half = torch.full((2,), 0.5, dtype=torch.float64)
-    l, residual = cagrad_multipliers(J @ J.T, half, 0.4)
+    added, residual = cagrad_multipliers(J @ J.T, half, 0.4)
     assert residual <= 1e-3
-    v = half + l
+    v = half + added
     moved = torch.stack([v[0].nextafter(torch.tensor(1.0).double()), v[1]])
     gains = [J.numpy().astype(np.longdouble) @ (w.numpy().astype(np.longdouble) @ J.numpy()) for w in (v, moved)]
     radius = 0.4 * (half @ J).norm().item()
     assert abs(gains[0].min() - gains[1].min()) / radius**2 > 1e-8
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("c", [-0.99, -0.3, 0.0, 0.5, 0.99])
+def test_fair_of_two_tasks_in_plain_floats(c: float, alpha: float) -> None:
+    p = [0.2, 1.8]
+    G = np.array([[4.0, 20 * c], [20 * c, 100.0]])
+    solved = fair_pair(4.0, 100.0, 20 * c, p, alpha)
+    assert solved is not None
+    w, residual = solved
+    assert residual <= 1e-12
+    np.testing.assert_allclose(G @ w, (np.array(p) / w) ** (1 / alpha), rtol=1e-11)
 
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 5.0, 20.0])
@@ -333,8 +345,8 @@ def test_singular_gramians_of_many_tasks(name: str) -> None:
             start = time.perf_counter()
             w, residual = solve()
             seconds.append(time.perf_counter() - start)
-        assert w.isfinite().all()
-        assert residual <= (1e-5 if name == "nearly opposite" else 1e-8)
+            assert w.isfinite().all()
+            assert residual <= (1e-5 if name == "nearly opposite" else 1e-8)
         assert min(seconds) < 1.0
 
 

@@ -203,10 +203,10 @@ def cagrad_multipliers(gramian: np.ndarray, preference: np.ndarray, c: float) ->
         c: radius of the search relative to |g0|, >= 0.
 
     Returns:
-        l (..., T) >= 0 with d = (preference + l)^T J, and the primal-dual gap (...,) relative to the squared radius k^2,
-        at most 1e-8 but where gradients cancel so far that one rounding of w = preference + l moves a gain by more: at
-        about eps max |g| sum(w |g|) > 1e-8 k^2. Then d is the best direction that was found, in the ball, and no worse
-        for the worst-off task than g0 or the safe direction, g0 and k along the point of least norm, which helps every
-        task; the residual says by how much it may miss the best.
+        l (..., T) >= 0 with d = (preference + l)^T J, and the primal-dual gap (...,), relative to the squared radius.
+        It stays under 1e-8, but where gradients cancel so far that one rounding of w = preference + l moves a gain by
+        more: at about eps max |g| sum(w |g|) > 1e-8 k^2, k the radius. Then d is the best direction that was found, in
+        the ball, and no worse for the worst-off task than g0 or the safe direction, g0 and k along the point of least
+        norm, which helps every task; the residual says by how much it may miss the best.
     """
     return cagrad_numpy(gramian, preference, c)

@@ -101,7 +101,8 @@ def _newton(ball: _Ball) -> tuple[np.ndarray, float]:
 def _crossing(ball: _Ball, support: np.ndarray) -> tuple[float, np.ndarray]:
     """The level at which |z| would meet the radius if l had this support throughout, and the multipliers there."""
     x = np.zeros(len(support))
-    Q, R = np.linalg.qr(ball.F[:, support])
+    # F = Q R on the support.
+    _, R = np.linalg.qr(ball.F[:, support])
     if not support.any() or len(R) < R.shape[1] or np.abs(R.diagonal()).min() <= ROUNDING:
         return np.nan, x
     # z = Q (s p - q).

@@ -2,12 +2,12 @@
 
 In unit-diagonal form C b = q b^-power, b = n w, power = 1/alpha, q = s^power n^(power - 1): the stationarity of a
 strictly convex function of b > 0. Newton's method in log b, undamped, nearly always finds it in a few steps. What it
-leaves is followed from power 1 to the power wanted, each time by steps in log b and log y of power log b + log y = log q
-and y = C b, which hold y > 0 as well as b > 0. No solution exists at a Pareto-stationary point (some convex combination
-of the gradients is 0), where b runs away.
+leaves is followed from power 1 to the power wanted, each time by Newton steps in log b and log y on the equations
+power log b + log y = log q and y = C b, which hold y > 0 as well as b > 0. No solution exists at a Pareto-stationary
+point (some convex combination of the gradients is 0), where b runs away.
 """
 
-from math import ceil, log, sqrt
+from math import ceil, exp, log, sqrt
 
 import numpy as np
 
@@ -125,9 +125,7 @@ def _follow(
     return b, residual
 
 
-def _newton(
-    cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray, enough: float
-) -> tuple[np.ndarray, float]:
+def _newton(cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray, enough: float) -> tuple[np.ndarray, float]:
     """The best of the iterates from b (T,) for one C (T, T), and its residual."""
     best, residual, since = b, np.inf, 0
     y = cosine @ b
@@ -203,6 +201,42 @@ def nash_pair(a: float, b: float, c: float, preference: list[float]) -> tuple[tu
     return ((u, v), residual) if residual <= SOLVED else None
 
 
+def fair_pair(
+    a: float, b: float, c: float, shares: list[float], alpha: float
+) -> tuple[tuple[float, float], float] | None:
+    """`fair` of [[a, c], [c, b]] in plain floats: Newton's method in log b, as of `fair_one`."""
+    if alpha == 1:
+        return nash_pair(a, b, c, shares)
+    m, n = sqrt(a), sqrt(b)
+    cosine, power = c / m / n, 1 / alpha
+    first, second = (power * log(s) + (power - 1) * log(norm) for s, norm in zip(shares, (m, n), strict=True))
+    # Beyond that, Python's floats might overflow, which they do with an exception.
+    if power > 10 or abs(first - second) > 200:
+        return None
+    p, level = exp((first - second) / 2), (first + second) / 2
+    q = 1 / p
+    # In units in which p q = 1.
+    size = exp(level / (1 + power))
+    x, y = p ** (1 / (1 + power)), q ** (1 / (1 + power))
+    total = x * x + y * y
+    stretch = (total / max(total + 2 * cosine * x * y, 1e-3 * total)) ** (1 / (1 + power))
+    x, y = x * stretch, y * stretch
+    for _ in range(UNDAMPED):
+        u, v = p * x ** (1 - power), q * y ** (1 - power)
+        cross = cosine * x * y
+        f, g = x * x + cross - u, y * y + cross - v
+        residual = max(abs(f / u), abs(g / v))
+        if residual <= SOLVED:
+            return (x * size / m, y * size / n), residual
+        h, k = x * x + power * u, y * y + power * v
+        determinant = h * k - cross * cross
+        if not determinant > 0:
+            return None
+        x *= exp(min(max((cross * g - k * f) / determinant, -2.0), 2.0))
+        y *= exp(min(max((cross * f - h * g) / determinant, -2.0), 2.0))
+    return None
+
+
 @solver("nash", "(Tensor gramian, Tensor preference)", fair_one, nash_pair)
 def nash(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the (asymmetric) Nash bargaining solution, which is `fair` at alpha = 1.
@@ -218,7 +252,7 @@ def nash(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.nd
     return fair_numpy(gramian, preference, 1.0)
 
 
-@solver("fair", "(Tensor gramian, Tensor shares, float alpha)", fair_one)
+@solver("fair", "(Tensor gramian, Tensor shares, float alpha)", fair_one, fair_pair)
 def fair(gramian: np.ndarray, shares: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the alpha-fair solution.
 
