@@ -12,7 +12,8 @@ The matrices are Gaussian rows less half of their mean, so that most pairs confl
 same ones. Hot: each contender in blocks of its own (`torch.utils.benchmark.Timer.blocked_autorange`), one a round, the
 rounds of all contenders in turns; median and least over the rounds. Cold: single calls, each after a sweep over 32 MiB
 that leaves no cache as it was, so that code and data come from memory; the median. A training step finds the caches
-somewhere between the two. ``floor`` is what the cheapest torch call, G @ G, takes likewise.
+somewhere between the two. All are seconds of CPU time, which are those of the clock on a core of one's own: what other
+programs take of a shared one does not count. ``floor`` is what the cheapest torch call, G @ G, takes likewise.
 """
 
 import argparse
@@ -119,8 +120,9 @@ def measure(T: int, rounds: int, seconds: float, cold: int) -> dict[str, dict[st
             weights(matrices[0])
         for _ in range(rounds):
             for name, weights in runs.items():
+                scope = {"weights": weights, "matrices": matrices}
                 # All matrices in one statement, so that no contender sees but the easiest.
-                timer = Timer("for G in matrices: weights(G)", globals={"weights": weights, "matrices": matrices})
+                timer = Timer("for G in matrices: weights(G)", timer=time.process_time, globals=scope)
                 block = timer.blocked_autorange(min_run_time=seconds) if name != "cvxpy" else timer.timeit(1)
                 blocks[name].append(block.median / len(matrices))
         results[method] = {
@@ -138,9 +140,9 @@ def cold_seconds(weights: Weights, matrices: list[Tensor], calls: int) -> list[f
     sweep, seconds = np.ones(SWEEP // 8), []
     for call in range(calls):
         sweep += 1
-        start = time.perf_counter()
+        start = time.process_time()
         weights(matrices[call % len(matrices)])
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return seconds
 
 

@@ -77,22 +77,24 @@ def cagrad_rooted(gramian: np.ndarray, v: np.ndarray, c: float) -> tuple[np.ndar
 
 
 def _newton(ball: _Ball) -> tuple[np.ndarray, float]:
-    best, residual = np.zeros(len(ball.norm)), np.inf
+    best, residual, since = np.zeros(len(ball.norm)), np.inf, 0
     low, high = (ball.norm * ball.gain).min(), min(ball.bound, (ball.norm * (ball.gain + ball.radius)).min())
     level = high
     for _ in range(ITERATIONS):
         x = least_distance(ball.F, level / ball.norm - ball.gain)
         crossing, polished = _crossing(ball, x > 0)
+        since += 1
         for candidate in (x, polished):
             candidate, gap = ball.judge(candidate)
             if gap < residual:
-                best, residual = candidate, gap
+                best, residual, since = candidate, gap, 0
         length = np.linalg.norm(ball.F @ x)
         if 0 < length <= ball.radius:
             low = max(low, level)
         else:
             high = min(high, level)
-        if residual <= SOLVED or high - low <= 1e-15 * max(abs(low), abs(high)):
+        # Near the optimum, only rounding keeps a level from improving.
+        if residual <= SOLVED or (residual < 1e-4 and since > 2) or high - low <= 1e-15 * max(abs(low), abs(high)):
             break
         level = crossing if low < crossing < high else 0.5 * (low + high)
     return best, residual
