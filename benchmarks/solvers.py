@@ -1,6 +1,6 @@
 """Microseconds that the weights of one given float64 Gramian take, beside TorchJD and cvxpy, on one thread.
 
-    python -m benchmarks.solvers [--tasks 2 3 10 40] [--calls 100] [--out NAME]
+    python -m benchmarks.solvers [--tasks 2 3 10 40] [--rounds 5] [--seconds 0.05] [--cold 30] [--out NAME]
 
 ours       the solver (PCGrad: the function, its orders drawn beforehand)
 torchjd    the ``gramian_weighting`` of TorchJD's aggregator with its defaults, on the same Gramian. MGDA's stop after
@@ -8,8 +8,12 @@ torchjd    the ``gramian_weighting`` of TorchJD's aggregator with its defaults, 
            FairGrad it has not.
 cvxpy      the convex problem by CLARABEL, with a factor of the Gramian as parameter: compiled once, outside the time
 
-The matrices are Gaussian rows less half of their mean, so that most pairs conflict. Contenders take turns call by call,
-so each finds the caches as another left them: slower than in a loop of its own, nearer to a training step.
+The matrices are Gaussian rows less half of their mean, so that most pairs conflict; every contender goes through the
+same ones. Hot: each contender in blocks of its own (`torch.utils.benchmark.Timer.blocked_autorange`), one a round, the
+rounds of all contenders in turns; median and least over the rounds. Cold: single calls, each after a sweep over 32 MiB
+that leaves no cache as it was, so that code and data come from memory; the median. A training step finds the caches
+somewhere between the two. All are seconds of CPU time, which are those of the clock on a core of one's own: what other
+programs take of a shared one does not count. ``floor`` is what the cheapest torch call, G @ G, takes likewise.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from torchjd import aggregation
 
 from benchmarks.overhead import RESULTS, machine
@@ -30,8 +35,8 @@ from gradsurgery.solvers import cagrad_multipliers, dual_cone, dual_projection, 
 
 C = 0.4
 ALPHA = 2.0
-# cvxpy takes milliseconds a call: a few tell enough.
-CVXPY_CALLS = 10
+MATRICES = 8
+SWEEP = 32 * 2**20
 Weights = Callable[[Tensor], object]
 
 
@@ -102,31 +107,54 @@ def cvxpy(T: int) -> dict[str, Weights]:
     }
 
 
-def measure(T: int, calls: int) -> dict[str, dict[str, float]]:
-    """Median microseconds by method and contender."""
-    contenders = {"ours": ours(T), "torchjd": torchjd(), "cvxpy": cvxpy(T)}
-    matrices = gramians(T, calls + 1)
-    medians: dict[str, dict[str, float]] = {}
+def measure(T: int, rounds: int, seconds: float, cold: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Microseconds by method, contender and kind: ``hot`` (median), ``least`` and ``cold``."""
+    contenders = {"ours": ours(T) | {"floor": lambda G: G @ G}, "torchjd": torchjd(), "cvxpy": cvxpy(T)}
+    matrices = gramians(T, MATRICES)
+    results: dict[str, dict[str, dict[str, float]]] = {}
     for method in contenders["ours"]:
         runs = {name: weights[method] for name, weights in contenders.items() if method in weights}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for call, G in enumerate(matrices):
+        blocks: dict[str, list[float]] = {name: [] for name in runs}
+        for weights in runs.values():
+            # The first call compiles cvxpy's problem, and imports what is imported late.
+            weights(matrices[0])
+        for _ in range(rounds):
             for name, weights in runs.items():
-                if name == "cvxpy" and call > CVXPY_CALLS:
-                    continue
-                start = time.perf_counter()
-                weights(G)
-                seconds[name].append(time.perf_counter() - start)
-        # The first call warms up, and compiles cvxpy's problem.
-        medians[method] = {name: 1e6 * statistics.median(s[1:]) for name, s in seconds.items()}
-    return medians
+                scope = {"weights": weights, "matrices": matrices}
+                # All matrices in one statement, so that no contender sees but the easiest.
+                timer = Timer("for G in matrices: weights(G)", timer=time.process_time, globals=scope)
+                block = timer.blocked_autorange(min_run_time=seconds) if name != "cvxpy" else timer.timeit(1)
+                blocks[name].append(block.median / len(matrices))
+        results[method] = {
+            name: {
+                "hot": 1e6 * statistics.median(times),
+                "least": 1e6 * min(times),
+                "cold": 1e6 * statistics.median(cold_seconds(runs[name], matrices, cold)),
+            }
+            for name, times in blocks.items()
+        }
+    return results
+
+
+def cold_seconds(weights: Weights, matrices: list[Tensor], calls: int) -> list[float]:
+    sweep, seconds = np.ones(SWEEP // 8), []
+    for call in range(calls):
+        sweep += 1
+        start = time.process_time()
+        weights(matrices[call % len(matrices)])
+        seconds.append(time.process_time() - start)
+    return seconds
 
 
 def table(results: list[dict]) -> str:
-    lines = ["| method | T | ours, us | TorchJD | cvxpy |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | T | ours, us: hot | least | cold | TorchJD: hot | cold | cvxpy: hot |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    columns = [("ours", "hot"), ("ours", "least"), ("ours", "cold"), ("torchjd", "hot"), ("torchjd", "cold")]
     for r in results:
-        for method, medians in r["microseconds"].items():
-            cells = [f"{medians[name]:.0f}" if name in medians else "-" for name in ("ours", "torchjd", "cvxpy")]
+        for method, found in r["microseconds"].items():
+            cells = [f"{found[n][kind]:.0f}" if n in found else "-" for n, kind in [*columns, ("cvxpy", "hot")]]
             lines.append(f"| {method} | {r['tasks']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -134,11 +162,13 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", type=int, default=[2, 3, 10, 40])
-    parser.add_argument("--calls", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.05, help="least length of one contender's block")
+    parser.add_argument("--cold", type=int, default=30, help="calls with cold caches")
     parser.add_argument("--out", help="name of a result file in benchmarks/results; none is written without it")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = [{"tasks": T, "microseconds": measure(T, args.calls)} for T in args.tasks]
+    results = [{"tasks": T, "microseconds": measure(T, args.rounds, args.seconds, args.cold)} for T in args.tasks]
     content = {"machine": machine(torch.device("cpu")) | {"cvxpy": cp.__version__}, "results": results}
     if args.out:
         RESULTS.mkdir(exist_ok=True)

@@ -1,6 +1,8 @@
 """The roads of one small Gramian against the batched road, and what sends a problem from one to the other."""
 
+import itertools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from gradsurgery.methods.pcgrad import draw_orders
 from gradsurgery.solvers import cagrad_multipliers, conic, dual_cone, dual_projection, fair, min_norm, nash
 from gradsurgery.solvers.cagrad import cagrad_numpy, cagrad_pair
 from gradsurgery.solvers.dual_cone import dual_cone_numpy, dual_cone_pair, dual_projection_numpy, dual_projection_pair
-from gradsurgery.solvers.fair import nash_pair
+from gradsurgery.solvers.fair import fair_pair, nash_pair
 from gradsurgery.solvers.min_norm import min_norm_numpy, min_norm_pair
 from gradsurgery.solvers.nnqp import nnqp, nnqp_one
 from gradsurgery.solvers.operator import plain
@@ -219,3 +221,139 @@ def test_rows_of_a_rank_that_rounding_leaves_open() -> None:
         for w, residual in (*solved, nash(G, ones), fair(G, ones, 2.0), conic(G, 0.5)):
             assert w.isfinite().all()
             assert residual <= 1e-8
+
+
+def nearly_opposite(T: int, eps: float, seed: int) -> torch.Tensor:
+    """(T, T + 5): the second row is the first, turned around, but for eps."""
+    J = np.random.default_rng(seed).standard_normal((T, T + 5))
+    J[1] = -J[0] + eps * J[1]
+    return torch.from_numpy(J)
+
+
+@pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
+@pytest.mark.parametrize("T", [2, 3, 5, 10])
+def test_cagrad_of_nearly_opposite_rows(T: int, c: float) -> None:
+    """Exact, or as exact as float64 weights can be, and safe: in the ball, and no worse than the mean gradient."""
+    for exponent, seed in itertools.product(range(1, 10), range(3)):
+        J = nearly_opposite(T, 10.0**-exponent, seed)
+        G, mean = J @ J.T, torch.full((T,), 1 / T, dtype=torch.float64)
+        added, residual = cagrad_multipliers(G, mean, c)
+        g0, radius = mean @ J, c * (mean @ J).norm()
+        norm = J.norm(dim=1)
+        # What one rounding of the weights moves a gain, and what a least norm that rounding of G hides moves the best.
+        unit = torch.finfo(torch.float64).eps * T
+        floor = unit * norm.max() * (norm @ (mean + added)) / radius**2 + (8 * unit) ** 0.5 * norm.max() / radius
+        assert residual <= max(1e-8, floor)
+        assert added.min() >= 0
+        # G knows squared lengths to a rounding of the terms that they are sums of.
+        blur = (unit * 4) ** 0.5 * norm @ (mean + added)
+        assert (added @ J).norm() <= radius * (1 + 1e-12) + blur
+        assert (J @ (g0 + added @ J)).min() >= (J @ g0).min() - 1e-12 * radius * norm.max() - norm.max() * blur
+
+
+@pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
+def test_cagrad_is_exact_where_multipliers_are_large(c: float) -> None:
+    """Beside a third task the mean gradient is long, and 1e6 times a difference of two gradients has to be added."""
+    for eps, seed in itertools.product((1e-3, 1e-4, 1e-5, 1e-6), range(4)):
+        J = nearly_opposite(4, eps, seed)
+        _, residual = cagrad_multipliers(J @ J.T, torch.full((4,), 0.25, dtype=torch.float64), c)
+        assert residual <= 1e-8
+
+
+def test_one_rounding_of_the_weights_is_what_cagrad_has_left() -> None:
+    """At an angle of 1e-5 from opposite no float64 weights are within 1e-8 of CAGrad's optimum but by luck."""
+    J = nearly_opposite(2, 1e-5, 0)
+    half = torch.full((2,), 0.5, dtype=torch.float64)
+    added, residual = cagrad_multipliers(J @ J.T, half, 0.4)
+    assert residual <= 1e-3
+    v = half + added
+    moved = torch.stack([v[0].nextafter(torch.tensor(1.0).double()), v[1]])
+    gains = [J.numpy().astype(np.longdouble) @ (w.numpy().astype(np.longdouble) @ J.numpy()) for w in (v, moved)]
+    radius = 0.4 * (half @ J).norm().item()
+    assert abs(gains[0].min() - gains[1].min()) / radius**2 > 1e-8
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("c", [-0.99, -0.3, 0.0, 0.5, 0.99])
+def test_fair_of_two_tasks_in_plain_floats(c: float, alpha: float) -> None:
+    p = [0.2, 1.8]
+    G = np.array([[4.0, 20 * c], [20 * c, 100.0]])
+    solved = fair_pair(4.0, 100.0, 20 * c, p, alpha)
+    assert solved is not None
+    w, residual = solved
+    assert residual <= 1e-12
+    np.testing.assert_allclose(G @ w, (np.array(p) / w) ** (1 / alpha), rtol=1e-11)
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.5, 5.0, 20.0])
+@pytest.mark.parametrize("T", [2, 3, 10, 40])
+def test_fair_at_any_alpha(T: int, alpha: float) -> None:
+    """Exact, or as exact as rounding of G allows, or of the point of least norm and saying so."""
+    rng = np.random.default_rng(T)
+    p = torch.linspace(1.0, 2.0, T, dtype=torch.float64)
+    shifted = torch.from_numpy(rng.standard_normal((T, 2 * T)))
+    spread = shifted * torch.from_numpy(1e2 ** rng.uniform(-0.5, 0.5, (T, 1)))
+    opposite = [nearly_opposite(T, eps, T) for eps in (0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8)]
+    for k, J in enumerate([shifted, spread, shifted - 0.9 * shifted.mean(dim=0), *opposite]):
+        G = J @ J.T
+        w, residual = fair(G, p, alpha)
+        own = ((G @ w) * (w / p) ** (1 / alpha) - 1).abs().max()
+        norm = G.diagonal().sqrt()
+        blur = 4 * torch.finfo(torch.float64).eps * T * ((w / p) ** (1 / alpha) * norm).max() * (norm @ w)
+        torch.testing.assert_close(residual, own, rtol=1e-6, atol=1e-12 + blur.item())
+        if residual > 1e-4:
+            # From there on w^(1/alpha) times the rounding of G w is more than that.
+            assert k > (4 if alpha < 1 else 5)
+            torch.testing.assert_close(w, min_norm(G)[0])
+        else:
+            assert residual <= max(1e-8, 4 * blur)
+
+
+def singular(T: int) -> dict[str, np.ndarray]:
+    """(T, d) rows whose Gramian has fewer ranks than T, as pivoting cycles on."""
+    rng = np.random.default_rng(1)
+    pointed = rng.standard_normal((T, 20))
+    pointed[:, 0] = np.abs(pointed[:, 0]) + 0.1
+    few = pointed[:, :5]
+    half = rng.standard_normal((T // 2, 2 * T))
+    zeros = rng.standard_normal((T, 2 * T // 5))
+    zeros[::7] = 0
+    return {
+        "duplicates": rng.standard_normal((T // 10, 30))[rng.integers(0, T // 10, T)],
+        "rank 5": few @ rng.standard_normal((5, 2 * T)),
+        "rank 20": pointed @ rng.standard_normal((20, 2 * T)),
+        "opposite": np.concatenate([half, -half]),
+        "nearly opposite": np.concatenate([half, -half + 1e-8 * rng.standard_normal(half.shape)]),
+        "zero rows": zeros,
+    }
+
+
+@pytest.mark.parametrize("name", singular(100))
+def test_singular_gramians_of_many_tasks(name: str) -> None:
+    """They took up to five seconds. The bar is wide, for machines that are busy."""
+    J = torch.from_numpy(singular(100)[name])
+    G, mean = J @ J.T, torch.full((100,), 0.01, dtype=torch.float64)
+    solvers: list[Callable[[], tuple[torch.Tensor, torch.Tensor]]] = [
+        lambda: dual_cone(G, mean),
+        lambda: min_norm(G),
+        lambda: cagrad_multipliers(G, mean, 0.4),
+    ]
+    for solve in solvers:
+        seconds = []
+        # The first call may import SciPy.
+        for _ in range(3):
+            start = time.perf_counter()
+            w, residual = solve()
+            seconds.append(time.perf_counter() - start)
+            assert w.isfinite().all()
+            assert residual <= (1e-5 if name == "nearly opposite" else 1e-8)
+        assert min(seconds) < 1.0
+
+
+def test_a_mean_gradient_that_is_rounding_is_not_projected() -> None:
+    J = torch.from_numpy(np.random.default_rng(0).standard_normal((10, 20)))
+    J = torch.cat([J, -J])
+    p = torch.ones(20, dtype=torch.float64)
+    w, residual = dual_projection(J @ J.T, p)
+    assert residual <= 1e-8
+    assert (w @ J).norm() <= 1e-12 * J.norm()

@@ -3,7 +3,8 @@
 Liu, Liu, Jin, Stone, Liu. NeurIPS 2021. https://arxiv.org/abs/2110.14048, problem (2), eq. 3 and algorithm 1.
 
 Deviations: the authors run SLSQP on finite differences of eq. 3; here the primal problem is solved exactly, also where
-eq. 3 is 0/0 (see `gradsurgery.solvers.cagrad`). Their code divides by 1 + c^2 and multiplies by T, so that shared and
+eq. 3 is 0/0 (see `gradsurgery.solvers.cagrad`, which also says what is returned where gradients nearly cancel and
+float64 does not reach the optimum). Their code divides by 1 + c^2 and multiplies by T, so that shared and
 task-specific parameters keep the scale of the summed losses; both are defaults here and options.
 """
 

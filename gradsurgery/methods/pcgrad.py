@@ -65,7 +65,8 @@ def _pcgrad_pair(G: Tensor) -> Tensor:
     (a, c), (d, b) = G.tolist()
     # A NaN has to stay one.
     w = tuple(1 - dot / square if dot < 0 < square else 1 + 0 * (dot + square) for dot, square in ((c, b), (d, a)))
-    return torch.tensor(w[::-1], dtype=G.dtype)
+    # Through NumPy: torch.tensor takes as long as all of the rest.
+    return torch.from_numpy(np.array(w[::-1], np.float32 if G.dtype == torch.float32 else np.float64))
 
 
 def _pcgrad_numpy(G: np.ndarray, orders: np.ndarray) -> np.ndarray:

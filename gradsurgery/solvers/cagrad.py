@@ -4,13 +4,14 @@ Written as d = g0 + J^T l with multipliers l >= 0: for a level s, l(s) minimises
 non-negative program, and is the nearest point to g0 at which every task gains s. |J^T l(s)| is convex and increasing
 in s, and Newton's method finds where it meets k. In the paper's dual (Liu et al., NeurIPS 2021, eq. 3) l = k w / |g_w|.
 Where that is 0/0 (g_w = 0: Pareto stationary), s = 0 is the best level and l(0), the projection of g0 onto the dual
-cone, still solves the problem above.
+cone, still solves the problem above. What this leaves with a residual goes to `gradsurgery.solvers.cagrad_root`.
 """
 
 from math import sqrt
 
 import numpy as np
 
+from gradsurgery.solvers.cagrad_root import cagrad_rooted
 from gradsurgery.solvers.min_norm import min_norm_numpy
 from gradsurgery.solvers.nnqp import nnqp, nnqp_one
 from gradsurgery.solvers.operator import solver
@@ -30,6 +31,11 @@ def cagrad_numpy(gramian: np.ndarray, v: np.ndarray, c: float) -> tuple[np.ndarr
     todo = np.flatnonzero(levels.radius > 0)
     if len(todo):
         multipliers[todo], residual[todo] = _solve(take(levels, todo))
+    for n in np.flatnonzero(~(residual <= ACCEPTED)):
+        if np.isfinite(gramian[n]).all():
+            candidate, gap = cagrad_rooted(gramian[n], v, c)
+            if not residual[n] <= gap:
+                multipliers[n], residual[n] = candidate, gap
     return multipliers, residual
 
 
@@ -197,6 +203,10 @@ def cagrad_multipliers(gramian: np.ndarray, preference: np.ndarray, c: float) ->
         c: radius of the search relative to |g0|, >= 0.
 
     Returns:
-        l (..., T) >= 0 with d = (preference + l)^T J, and the relative primal-dual gap (...,).
+        l (..., T) >= 0 with d = (preference + l)^T J, and the primal-dual gap (...,), relative to the squared radius.
+        It stays under 1e-8, but where gradients cancel so far that one rounding of w = preference + l moves a gain by
+        more: at about eps max |g| sum(w |g|) > 1e-8 k^2, k the radius. Then d is the best direction that was found, in
+        the ball, and no worse for the worst-off task than g0 or the safe direction, g0 and k along the point of least
+        norm, which helps every task; the residual says by how much it may miss the best.
     """
     return cagrad_numpy(gramian, preference, c)

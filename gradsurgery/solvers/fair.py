@@ -1,12 +1,13 @@
 """The alpha-fair weights: G w = (s / w)^(1/alpha) elementwise, w > 0. Nash bargaining is alpha = 1.
 
 In unit-diagonal form C b = q b^-power, b = n w, power = 1/alpha, q = s^power n^(power - 1): the stationarity of a
-strictly convex function of b > 0. Newton's method in log b, undamped, nearly always finds it in a few steps; what it
-leaves gets a line search along b (1 + t y). No solution exists at a Pareto-stationary point (some convex combination
-of the gradients is 0), where b runs away.
+strictly convex function of b > 0. Newton's method in log b, undamped, nearly always finds it in a few steps. What it
+leaves is followed from power 1 to the power wanted, each time by Newton steps in log b and log y on the equations
+power log b + log y = log q and y = C b, which hold y > 0 as well as b > 0. No solution exists at a Pareto-stationary
+point (some convex combination of the gradients is 0), where b runs away.
 """
 
-from math import sqrt
+from math import ceil, exp, log, sqrt
 
 import numpy as np
 
@@ -18,8 +19,10 @@ from gradsurgery.solvers.scaling import unit_diagonal, unit_diagonal_one
 TOLERANCE = 1e-8
 SOLVED = 1e-12
 UNDAMPED = 16
-DAMPED = 200
-RUNAWAY = 1e8
+# On the way to a power: steps of log power, Newton steps at each, and the residual that is near enough before the last.
+STRIDE = 0.5
+FOLLOWED = 40
+PASSING = 1e-2
 # Of the squared least norm in the hull of the unit gradients.
 STATIONARY = 1e-12
 RIDGE = 1e-15
@@ -36,7 +39,11 @@ def fair_numpy(gramian: np.ndarray, s: np.ndarray, alpha: float) -> tuple[np.nda
     q, size = _shares(norm, s, alpha, present)
     b, residual = _undamped(cosine, q, 1 / alpha)
     if not _solved(residual, b, q, 1 / alpha).all():
-        b, residual = _finish(cosine, q, 1 / alpha, b, residual)
+        left = _unsolved(cosine, q, 1 / alpha, b, residual)
+        found = [_follow(cosine[n], norm[n], s, alpha, present[n]) for n in left]
+        for n, (candidate, reached) in zip(left, found, strict=True):
+            if reached < residual[n]:
+                b[n], residual[n] = candidate, reached
     w = b * size / norm if whole else np.where(present, b * size / norm, 0.0)
     if not residual.max() <= TOLERANCE:
         for n in np.flatnonzero(~_solved(residual, b, q, 1 / alpha, TOLERANCE)):
@@ -97,64 +104,52 @@ def _undamped(cosine: np.ndarray, q: np.ndarray, power: float) -> tuple[np.ndarr
     return b, residual
 
 
-def _finish(
-    cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray, residual: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """b (N, T) and its residual (N,) after the damped method has had its turn at what is not solved."""
+def _unsolved(cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray, residual: np.ndarray) -> np.ndarray:
+    """The problems that are not solved and have a solution within float64's reach, away from Pareto stationarity."""
     todo = np.flatnonzero(~_solved(residual, b, q, power))
-    # Where unit gradients nearly cancel, b is beyond what float64 can solve for, or there is none.
-    weight = min_norm_numpy(cosine[todo])[0]
-    todo = todo[(weight * (cosine[todo] @ weight[..., None])[..., 0]).sum(-1) > STATIONARY]
-    if not len(todo):
-        return b, residual
-    start = np.where(residual[todo, None] < 0.1, b[todo], _start(cosine[todo], q[todo], power))
-    found, reached = _damped(cosine[todo], q[todo], power, start)
-    better = reached < residual[todo]
-    b, residual = b.copy(), residual.copy()
-    b[todo[better]], residual[todo[better]] = found[better], reached[better]
+    todo = todo[np.isfinite(cosine[todo]).all((-2, -1))]
+    weight = min_norm_numpy(cosine[todo])[0] if len(todo) else b[todo]
+    return todo[(weight * (cosine[todo] @ weight[..., None])[..., 0]).sum(-1) > STATIONARY]
+
+
+def _follow(
+    cosine: np.ndarray, norm: np.ndarray, s: np.ndarray, alpha: float, present: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """b (T,) and its residual for one C (T, T), through the solutions for powers on the way from 1."""
+    b, residual = _start(cosine, s, 1.0), np.inf
+    strides = ceil(abs(log(alpha)) / STRIDE)
+    for stride in range(strides + 1):
+        fairness = alpha ** (stride / strides) if strides else alpha
+        q, _ = _shares(norm[None], s, fairness, present[None])
+        b, residual = _newton(cosine, q[0], 1 / fairness, b, 0.0 if stride == strides else PASSING)
     return b, residual
 
 
-def _damped(cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Solutions and residuals as in `_undamped`, from b (N, T), with a line search far from the solution."""
-    limit = RUNAWAY * b.max(-1)
-    solution, residual = b.copy(), np.full(len(b), np.inf)
-    alive, settled = np.ones(len(b), dtype=bool), np.zeros(len(b), dtype=bool)
-    for _ in range(DAMPED):
-        pull, gradient, now = _evaluate(cosine, q, power, b)
-        better = now < residual
-        solution[better], residual[better] = b[better], now[better]
-        # Close by, only rounding keeps a step from improving; a runaway b means that there is no solution to find.
-        alive &= ~_solved(now, b, q, power, 1e-15) & (better | ~settled) & (b.max(-1) < limit)
-        if not alive.any():
+def _newton(cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray, enough: float) -> tuple[np.ndarray, float]:
+    """The best of the iterates from b (T,) for one C (T, T), and its residual."""
+    best, residual, since = b, np.inf, 0
+    y = cosine @ b
+    if y.min() <= 0:
+        y = q * b**-power
+    for _ in range(FOLLOWED):
+        products = cosine @ b
+        now = np.abs(products * b**power / q - 1).max().item()
+        best, residual, since = (b, now, 0) if now < residual else (best, residual, since + 1)
+        # Close by, only rounding keeps a step from improving.
+        if residual <= enough or (residual < 1e-6 and since > 2):
             break
-        y = _step(cosine, b, power * pull, gradient)
-        largest = np.abs(y).max(-1)
-        settled = largest < 1e-3
-        length = np.where(largest > 0.1, _line_search(cosine, q, power, b, y), 1.0) * alive
-        b = b * (1 + np.maximum(length[:, None] * y, -0.99))
-    return solution, residual
-
-
-def _line_search(cosine: np.ndarray, q: np.ndarray, power: float, b: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Step lengths (N,) at the minimum along b (1 + t y), by Newton's method kept inside a shrinking bracket."""
-    step = (b * y)[..., None]
-    bend = (step * (cosine @ step)).sum((-2, -1))
-    slope = (b[..., None] * (cosine @ step)).sum((-2, -1))
-    pull = q * b ** (1 - power)
-    low = np.zeros(len(b))
-    high = np.minimum(0.99 / np.maximum(-y.min(-1), 1e-300), 1e6)
-    t = np.minimum(1.0, high)
-    for _ in range(30):
-        moved = 1 + t[:, None] * y
-        first = slope + t * bend - (pull * y * moved**-power).sum(-1)
-        second = bend + power * (pull * y**2 * moved ** (-power - 1)).sum(-1)
-        low, high = np.where(first < 0, t, low), np.where(first < 0, high, t)
-        trial = t - first / np.where(second > 0, second, 1.0)
-        # Geometric bisection: lengths may differ by orders of magnitude.
-        middle = np.where(low > 0, np.sqrt(low * high), 0.1 * high)
-        t = np.where((low < trial) & (trial < high), trial, middle)
-    return t
+        missing = np.log(q) - power * np.log(b) - np.log(y)
+        # In these coordinates the matrix has a diagonal of order 1, however far apart the entries of b are.
+        unit = np.sqrt(b / y)
+        matrix = cosine * (unit[:, None] * unit)
+        matrix.reshape(-1)[:: len(b) + 1] += power + RIDGE * unit * unit
+        try:
+            step = np.linalg.solve(matrix, unit * (y * missing + y - products)) * unit / b
+        except np.linalg.LinAlgError:
+            break
+        b = b * np.exp(np.clip(step, -2.0, 2.0))
+        y = y * np.exp(np.clip(missing - power * step, -2.0, 2.0))
+    return best, residual
 
 
 def _start(cosine: np.ndarray, q: np.ndarray, power: float) -> np.ndarray:
@@ -206,6 +201,42 @@ def nash_pair(a: float, b: float, c: float, preference: list[float]) -> tuple[tu
     return ((u, v), residual) if residual <= SOLVED else None
 
 
+def fair_pair(
+    a: float, b: float, c: float, shares: list[float], alpha: float
+) -> tuple[tuple[float, float], float] | None:
+    """`fair` of [[a, c], [c, b]] in plain floats: Newton's method in log b, as of `fair_one`."""
+    if alpha == 1:
+        return nash_pair(a, b, c, shares)
+    m, n = sqrt(a), sqrt(b)
+    cosine, power = c / m / n, 1 / alpha
+    first, second = (power * log(s) + (power - 1) * log(norm) for s, norm in zip(shares, (m, n), strict=True))
+    # Beyond that, Python's floats might overflow, which they do with an exception.
+    if power > 10 or abs(first - second) > 200:
+        return None
+    p, level = exp((first - second) / 2), (first + second) / 2
+    q = 1 / p
+    # In units in which p q = 1.
+    size = exp(level / (1 + power))
+    x, y = p ** (1 / (1 + power)), q ** (1 / (1 + power))
+    total = x * x + y * y
+    stretch = (total / max(total + 2 * cosine * x * y, 1e-3 * total)) ** (1 / (1 + power))
+    x, y = x * stretch, y * stretch
+    for _ in range(UNDAMPED):
+        u, v = p * x ** (1 - power), q * y ** (1 - power)
+        cross = cosine * x * y
+        f, g = x * x + cross - u, y * y + cross - v
+        residual = max(abs(f / u), abs(g / v))
+        if residual <= SOLVED:
+            return (x * size / m, y * size / n), residual
+        h, k = x * x + power * u, y * y + power * v
+        determinant = h * k - cross * cross
+        if not determinant > 0:
+            return None
+        x *= exp(min(max((cross * g - k * f) / determinant, -2.0), 2.0))
+        y *= exp(min(max((cross * f - h * g) / determinant, -2.0), 2.0))
+    return None
+
+
 @solver("nash", "(Tensor gramian, Tensor preference)", fair_one, nash_pair)
 def nash(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the (asymmetric) Nash bargaining solution, which is `fair` at alpha = 1.
@@ -221,7 +252,7 @@ def nash(gramian: np.ndarray, preference: np.ndarray) -> tuple[np.ndarray, np.nd
     return fair_numpy(gramian, preference, 1.0)
 
 
-@solver("fair", "(Tensor gramian, Tensor shares, float alpha)", fair_one)
+@solver("fair", "(Tensor gramian, Tensor shares, float alpha)", fair_one, fair_pair)
 def fair(gramian: np.ndarray, shares: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the alpha-fair solution.
 

@@ -2,13 +2,14 @@
 
 H is positive semidefinite with f in its range, as every Gramian problem of this package has it, and both are scaled
 so that diag H is 1 (or 0). Block principal pivoting (Portugal, Judice, Vicente 1994; Kim, Park, SIAM J. Sci. Comput.
-2011) solves all of them side by side in a few batched factorisations. It can cycle on a singular H; the programs it
-leaves unsolved go to the active-set method of Lawson and Hanson (1974) in Gram form (Bro, de Jong, J. Chemometrics
-1997), which cannot. `nnqp_one` and `nnqp_shared` are the same pivoting for a single Hessian, and optimistic: what they
-give up goes to `nnqp`.
+2011) solves all of them side by side in a few batched factorisations. It cycles on many a singular H; the programs it
+leaves unsolved go to the active-set method of Lawson and Hanson (1974), which does not, as least squares on a root F of
+H = F^T F: only as many rows as H has rank, and twice the digits. `nnqp_one` and `nnqp_shared` are the same pivoting for
+a single Hessian.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -20,8 +21,15 @@ RIDGE = 1e-15
 TINY = np.finfo(float).tiny
 # By how much a coordinate may be on the wrong side, relative to the largest.
 BOUND = 0.1 * TOLERANCE
-# From then on a single coordinate flips at a time (Murty's rule), which is what guarantees an end.
-BLOCK_ROUNDS = 12
+# More are a cycle, most often.
+BLOCK_ROUNDS = 8
+# A solution as large as this comes of passive columns that are dependent.
+DEPENDENT = 1e6
+# Eigenvalues below this part of the largest are rounding.
+RANK = 4 * np.finfo(float).eps
+# How often the unit of `least_distance` is chosen anew, and what is left of it where no point is as wanted.
+RESCALED = 4
+UNBOUNDED = 1e-14
 
 
 def nnqp(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -40,11 +48,12 @@ def nnqp(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray | None = N
     residual = _residual(hessian, linear, x) / scale[..., 0]
     if residual.max() <= TOLERANCE:
         return x, residual
-    for n, k in np.argwhere(~(residual <= TOLERANCE)):
-        candidate = _active_set(hessian[n], linear[n, k])
-        other = _residual(hessian[n], linear[n, k], candidate) / scale[n, k, 0]
-        if not residual[n, k] <= other:
-            x[n, k], residual[n, k] = candidate, other
+    for n in np.flatnonzero(~(residual <= TOLERANCE).all(-1)):
+        todo = np.flatnonzero(~(residual[n] <= TOLERANCE))
+        candidate = _active_set(hessian[n], linear[n, todo])
+        other = _residual(hessian[n], linear[n, todo], candidate) / scale[n, todo, 0]
+        better = ~(residual[n, todo] <= other)
+        x[n, todo[better]], residual[n, todo[better]] = candidate[better], other[better]
     return x, residual
 
 
@@ -82,7 +91,7 @@ def _pivot(hessian: np.ndarray, linear: np.ndarray, scale: np.ndarray, passive: 
     H, f, solution = hessian, linear, np.empty((0, T))
     ridged, bound = H[:, None] + RIDGE * identity(T), -BOUND * scale
     todo = np.arange(linear.size // T)
-    for round_ in range(BLOCK_ROUNDS + 3 * T):
+    for round_ in range(BLOCK_ROUNDS):
         x = _solve_passive(ridged, f, passive)
         value = np.where(passive, x, x @ H - f)
         wrong = value < bound
@@ -97,8 +106,6 @@ def _pivot(hessian: np.ndarray, linear: np.ndarray, scale: np.ndarray, passive: 
         unsolved = wrong.any(-1)
         if not unsolved.any():
             break
-        if round_ >= BLOCK_ROUNDS:
-            wrong = wrong & (np.arange(T) == T - 1 - np.argmax(wrong[..., ::-1], axis=-1)[..., None])
         passive = passive ^ wrong
         if not unsolved.all():
             n, k = unsolved.nonzero()
@@ -138,8 +145,8 @@ def nnqp_one(
     return None
 
 
-def nnqp_shared(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray) -> tuple[np.ndarray, float] | None:
-    """`nnqp_one` for K programs of one Hessian, tested together.
+def nnqp_shared(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray) -> tuple[np.ndarray, float]:
+    """`nnqp` for K programs of one Hessian, tested together.
 
     Args:
         hessian: (T, T), as in `nnqp`.
@@ -147,23 +154,30 @@ def nnqp_shared(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray) ->
         passive: (K, T) bool, the coordinates believed to be positive; written to.
 
     Returns:
-        x (K, T) >= 0 and its worst residual, of at most `TOLERANCE`, as `nnqp` has it.
+        x (K, T) >= 0 and its worst residual, as `nnqp` has it.
     """
-    x, todo = np.zeros(linear.shape), range(len(linear))
+    x, todo, given_up = np.zeros(linear.shape), range(len(linear)), []
     for _ in range(BLOCK_ROUNDS):
         for k in todo:
             minimiser = _minimiser(hessian, linear[k], passive[k].nonzero()[0])
             if minimiser is None:
-                return None
-            x[k] = minimiser
+                given_up.append(k)
+            else:
+                x[k] = minimiser
         wrong = np.minimum(x, x.dot(hessian) - linear) < -BOUND
+        wrong[given_up] = False
         if not wrong.any():
-            x = np.maximum(x, 0.0)
-            residual = _residual(hessian, linear, x).max().item()
-            return (x, residual) if residual <= TOLERANCE else None
+            todo = []
+            break
         passive ^= wrong
         todo = wrong.any(1).nonzero()[0].tolist()
-    return None
+    x = np.maximum(x, 0.0)
+    residual = _residual(hessian, linear, x)
+    left = sorted({*given_up, *todo, *(~(residual <= TOLERANCE)).nonzero()[0].tolist()})
+    if left:
+        x[left] = _active_set(hessian, linear[left])
+        residual = _residual(hessian, linear, x)
+    return x, residual.max().item()
 
 
 def _minimiser(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray | None) -> np.ndarray | None:
@@ -172,34 +186,71 @@ def _minimiser(hessian: np.ndarray, linear: np.ndarray, passive: np.ndarray | No
     x = np.zeros(len(linear))
     if len(passive):
         inner = solve(hessian[passive[:, None], passive], linear[passive])
-        if inner is None:
+        if inner is None or np.abs(inner).max() > DEPENDENT:
             return None
         x[passive] = inner
     return x
 
 
+def root(hessian: np.ndarray) -> np.ndarray:
+    """F (rank, T) with H = F^T F (T, T) to rounding, whose products keep the digits that squares lose."""
+    values, vectors = np.linalg.eigh(hessian)
+    kept = values > RANK * len(values) * values[-1]
+    return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+
+
 def _active_set(hessian: np.ndarray, linear: np.ndarray) -> np.ndarray:
-    T = len(linear)
-    ridged = hessian + RIDGE * np.eye(T)
-    x = np.zeros(T)
-    passive = np.zeros(T, dtype=bool)
-    for _ in range(10 * T):
-        slack = hessian @ x - linear
-        scale = max(np.abs(linear).max(), np.abs(x).max(), TINY)
-        slack[passive] = np.inf
-        entering = int(np.argmin(slack))
-        if slack[entering] >= -1e-14 * scale:
-            break
-        passive[entering] = True
-        while True:
-            trial = _solve_passive(ridged, linear, passive)
-            blocking = passive & (trial <= 0)
-            if not blocking.any():
-                break
-            ratio = np.full(T, np.inf)
-            ratio[blocking] = x[blocking] / np.maximum(x[blocking] - trial[blocking], TINY)
-            x = x + ratio.min() * (trial - x)
-            passive &= ~(blocking & (ratio <= ratio.min()))
-            x[~passive] = 0.0
-        x = np.where(passive, trial, 0.0)
+    """x (K, T) for one Hessian (T, T) and K linear terms (K, T)."""
+    if not (np.isfinite(hessian).all() and np.isfinite(linear).all()):
+        return np.full(linear.shape, np.nan)
+    F = root(hessian)
+    # F^T y = f, which is near f where f is not in the range of H.
+    targets = linear @ F.T / np.square(F).sum(-1)
+    x = np.stack([_least_squares(F, y) for y in targets])
+    residual = _residual(hessian, linear, x)
+    for k in np.flatnonzero(residual > TOLERANCE * np.abs(linear).max(-1)):
+        candidate = least_distance(F, linear[k])
+        if _residual(hessian, linear[k], candidate) < residual[k]:
+            x[k] = candidate
     return x
+
+
+def least_distance(root: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    """x (T,) >= 0 that minimises 1/2 |F x|^2 - f^T x for any f, so that F x is the least z with F^T z >= f.
+
+    Lawson and Hanson's reduction (Solving Least Squares Problems, 1974, ch. 23): F and f under each other, times x,
+    shall come near a unit vector. 0 where no z is as wanted.
+    """
+    size = np.abs(linear).max()
+    x = np.zeros(len(linear))
+    if not size > 0:
+        return x
+    unit = np.append(np.zeros(len(root)), 1.0)
+    for _ in range(RESCALED):
+        y = _least_squares(np.vstack([root, linear / size]), unit)
+        rest = 1 - y @ linear / size
+        if not rest > UNBOUNDED:
+            return np.zeros(len(linear))
+        x = y * size / rest
+        length = np.linalg.norm(root @ x)
+        # With |z| as unit, the rest is a half.
+        if 0.1 * size <= length <= 10 * size or not length > 0:
+            break
+        size = length
+    return x
+
+
+def _least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """x (T,) >= 0 that minimises |matrix x - target|; 0 where Lawson and Hanson's method does not end."""
+    try:
+        return _nnls()(matrix, target)[0]
+    except RuntimeError:
+        return np.zeros(matrix.shape[1])
+
+
+@cache
+def _nnls() -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]]:
+    # SciPy takes a fifth of a second to import, which only a singular Hessian has to pay.
+    from scipy.optimize import nnls
+
+    return nnls

@@ -77,8 +77,12 @@ def solver(
                 if solved is None:
                     solved = body(G, *others) if len(G) else (G[:, 0], G[:, 0, 0])
                 solution, residual = solved
-            solution = np.array(solution).reshape((*lead, gramian.shape[-1]))
-            return torch.from_numpy(solution), torch.from_numpy(np.array(residual).reshape(lead))
+            solution, residual = np.array(solution), np.array(residual)
+            if lead:
+                solution, residual = solution.reshape((*lead, gramian.shape[-1])), residual.reshape(lead)
+            elif solution.ndim > 1:
+                solution, residual = solution[0], residual[0, ...]
+            return torch.from_numpy(solution), torch.from_numpy(residual)
 
         def host(gramian: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
             moved = [x.detach().cpu() if isinstance(x, Tensor) else x for x in (gramian, *args)]

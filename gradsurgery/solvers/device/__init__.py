@@ -3,7 +3,9 @@
 The same mathematics as the NumPy bodies beside it, in float64. Where rows are dependent, the weights of a solution are
 not unique and may be others than the CPU's; the direction is the same. `BODIES` has them by the name of their operator:
 float64 tensors ``gramian (..., T, T)`` with T <= 128 in, as the operator's arguments are. The solvers of EPO and
-ConicGrad have none. This package needs Triton, and nothing else imports it before it is asked for.
+ConicGrad have none. CAGrad's has no road on a root of the Gramian (see `gradsurgery.solvers.cagrad_root`), and on rows
+within 1e-3 of opposite a larger residual than the CPU's; nor has that of `fair` the CPU's way to an alpha far from 1.
+This package needs Triton, and nothing else imports it before it is asked for.
 """
 
 from gradsurgery.solvers.device.cagrad import cagrad_multipliers

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradsurgery.solvers.device.launch import launch
 from gradsurgery.solvers.device.min_norm import least_norm
 from gradsurgery.solvers.device.newton import relative_step
-from gradsurgery.solvers.device.tile import flag, load_cosines, load_norm, not_finite, times
+from gradsurgery.solvers.device.tile import flag, load_cosines, load_matrix, load_norm, not_finite, times
 
 TOLERANCE = tl.constexpr(1e-8)
 ITERATIONS = tl.constexpr(200)
@@ -118,6 +118,10 @@ def fair_kernel(gramian, shares, solution, residual, T, BLOCK: tl.constexpr, POW
     floor = T.to(tl.float64) * ROUNDING * tl.max(largest * share, axis=0)
     if (reached <= tl.maximum(TOLERANCE, tl.minimum(floor, 1e-4))) == 0:
         w = least_norm(matrix, norm, inverse, T, BLOCK)
+        weighted = present & (w > 0)
+        met = times(load_matrix(matrix, T, BLOCK), w) * power_of(tl.where(weighted, w / s, 1.0), POWER)
+        met = tl.where(weighted, met, 0.0)
+        reached = tl.max(tl.where(present, tl.abs(met - 1), 0.0), axis=0)
     bad = not_finite(matrix, T, BLOCK)
     tl.store(solution + n * T + i, w + bad, mask=i < T)
     tl.store(residual + n, reached + bad)
