@@ -7,7 +7,7 @@ import itertools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -25,6 +25,7 @@ from gradsurgery.stats import Needs, StepInfo
 from gradsurgery.surgery import Surgery
 
 Gradients = Sequence[Tensor | None]
+_R = TypeVar("_R")
 
 _PROGRAMS = itertools.count()
 
@@ -269,9 +270,9 @@ class _Program:
         rows = torch.stack([self._row(found[t][:split] if t in found else none) for t in range(len(self.tasks))])
         solution, gramian, head_weights = None, None, None
         if isinstance(rule.method, ColumnMethod):
-            with _replayed(numbers):
-                direct = rule.columns_from(memory, losses, None)
-                direction = torch.cat([direct(rows[:, piece.start : piece.stop]) for piece in self.layout.pieces])
+            direct = rule.columns_from(memory, losses, None)
+            pieces = [rows[:, piece.start : piece.stop] for piece in self.layout.pieces]
+            direction = _replaying(numbers, lambda: torch.cat([direct(piece) for piece in pieces]))
         else:
             gramian = kernels.gramian(rows, self.layout.bounds)
             solution = self._solution(memory, losses, gramian, numbers)
@@ -288,10 +289,7 @@ class _Program:
     def _solution(
         self, memory: Memory, losses: TaskLosses, gramian: Tensor | None, numbers: list[Tensor]
     ) -> Solution:
-        if not numbers:
-            return self._surgery.rule.solution(memory, losses, gramian)
-        with _replayed(numbers):
-            return self._surgery.rule.solution(memory, losses, gramian)
+        return _replaying(numbers, lambda: self._surgery.rule.solution(memory, losses, gramian))
 
     def _row(self, gradients: Gradients) -> Tensor:
         """Gradients of the shared parameters, one of them None where its loss does not reach it, as a row (d,)."""
@@ -364,13 +362,17 @@ def _weighted_sum(found: dict[int, list[Tensor | None]], n: int, weights: Tensor
     return total
 
 
-@contextlib.contextmanager
-def _replayed(numbers: list[Tensor]) -> Iterator[None]:
-    with Replayed(numbers) as replayed:
-        yield
-        # Where a compiler looks through the mode, numbers of its own would take their place in silence.
-        if replayed.left:
-            raise RuntimeError("this version of torch cannot replay the method's random numbers inside a graph")
+def _replaying(numbers: list[Tensor], function: Callable[[], _R]) -> _R:
+    """The function's result, with these numbers in the place of its draws."""
+    if not numbers:
+        return function()
+    left = list(numbers)
+    with Replayed(left):
+        result = function()
+    # Where a compiler looks through the mode, numbers of its own would take their place in silence.
+    if left:
+        raise RuntimeError("this version of torch cannot replay random numbers inside a graph")
+    return result
 
 
 def _accumulate(params: Sequence[Tensor], gradients: Gradients) -> None:
@@ -409,11 +411,12 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().split("\n")[0]
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        reason = "; ".join([lines[0], *(line for line in lines if line.startswith(("Explanation:", "Developer debug")))])
         raise RuntimeError(
-            f"The model, its losses and the method do not compile into one graph: {reason} Torch's own message above "
-            "names the line. Change it there, or take the eager road, opt.backward(losses), with torch.compile on the "
-            "parts of the model that can take it."
+            f"The model, its losses and the method do not compile into one graph. {reason}. Torch's own error, chained "
+            "to this one, names the line. Change it there, or take the eager road, opt.backward(losses), with "
+            "torch.compile on those parts of the model that can take it."
         ) from error
 
 

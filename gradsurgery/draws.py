@@ -1,6 +1,6 @@
 """Random numbers of a method, drawn before its graph runs: a compiled graph has no place for a `torch.Generator`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,17 +44,17 @@ class Recorded(TorchFunctionMode):
 class Replayed(TorchFunctionMode):
     """Hands out numbers that were drawn before, in their order, in the place of draws.
 
-    Attributes:
-        left: those that are left.
+    Args:
+        numbers: those that are left; each is taken out as it is handed out.
     """
 
-    def __init__(self, numbers: Sequence[Tensor]) -> None:
+    def __init__(self, numbers: list[Tensor]) -> None:
         super().__init__()
-        self.left = list(numbers)
+        self._left = numbers
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _FACTORIES:
-            return self.left.pop(0)
+            return self._left.pop(0)
         return func(*args, **(kwargs or {}))
