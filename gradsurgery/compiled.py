@@ -56,7 +56,7 @@ def compile_backward(
 
     Raises:
         TypeError: ``opt`` is no `MTLOptimizer`.
-        ValueError: the method cannot take this road, or ``fullgraph`` is among the options.
+        ValueError: the method cannot take this road, or one of the options.
 
     Example:
         >>> import torch
@@ -76,8 +76,7 @@ def compile_backward(
     """
     if not isinstance(opt, MTLOptimizer):
         raise TypeError(f"opt must be an MTLOptimizer; got {type(opt).__name__}.")
-    if "fullgraph" in options:
-        raise ValueError("The compiled road is one graph or none: leave `fullgraph` out.")
+    _check_options(options)
     rule = opt._surgery.rule
     if rule.method.needs & (Needs.CROSS | Needs.TRACKED):
         what = "independent batches" if Needs.CROSS in rule.method.needs else "rows that it tracks from step to step"
@@ -145,8 +144,9 @@ class CompiledBackward:
         with _undone(self._model), torch.enable_grad():
             read = read_losses(self._losses(self._model, *args, **kwargs), surgery.rule.tasks)
         surgery._prepare(read)
-        return TaskLosses(read.tasks, tuple(None if o is None else read.values[t] for t, o in enumerate(read.outputs)),
-                          read.values)
+        return TaskLosses(
+            read.tasks, tuple(None if o is None else read.values[t] for t, o in enumerate(read.outputs)), read.values
+        )
 
 
 class _Traced(NamedTuple):
@@ -236,7 +236,9 @@ class _Program:
         found = {t: named.get(name) for t, name in enumerate(self.tasks)}
         outputs = {t: loss for t, loss in found.items() if loss is not None}
         if tuple(outputs) != self._present:
-            raise ValueError(f"tasks {self._present} were present in a batch of this kind, and now {tuple(outputs)} are")
+            raise ValueError(
+                f"tasks {self._present} were present in a batch of this kind, and now {tuple(outputs)} are"
+            )
         return outputs
 
     def _one_backward(
@@ -286,9 +288,7 @@ class _Program:
         own = [_weighted_sum(found, split + n, head_weights) for n in range(len(self._own))]
         return _Traced(losses.values, solution, gramian, shared, own)
 
-    def _solution(
-        self, memory: Memory, losses: TaskLosses, gramian: Tensor | None, numbers: list[Tensor]
-    ) -> Solution:
+    def _solution(self, memory: Memory, losses: TaskLosses, gramian: Tensor | None, numbers: list[Tensor]) -> Solution:
         return _replaying(numbers, lambda: self._surgery.rule.solution(memory, losses, gramian))
 
     def _row(self, gradients: Gradients) -> Tensor:
@@ -408,16 +408,32 @@ def _undone(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
+    # Two seconds that only a user of this road should wait for.
+    from torch._dynamo.exc import TorchDynamoException
+
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         lines = [line.strip() for line in str(error).strip().splitlines()]
-        reason = "; ".join([lines[0], *(line for line in lines if line.startswith(("Explanation:", "Developer debug")))])
+        reason = "; ".join(
+            [lines[0], *(line for line in lines if line.startswith(("Explanation:", "Developer debug")))]
+        )
         raise RuntimeError(
             f"The model, its losses and the method do not compile into one graph. {reason}. Torch's own error, chained "
             "to this one, names the line. Change it there, or take the eager road, opt.backward(losses), with "
             "torch.compile on those parts of the model that can take it."
         ) from error
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    if "fullgraph" in options:
+        raise ValueError("The compiled road is one graph or none: leave `fullgraph` out.")
+    replayed = dict(options.get("options") or {}).get("triton.cudagraphs", False)
+    if replayed or options.get("mode") in ("reduce-overhead", "max-autotune"):
+        raise ValueError(
+            "CUDA graphs hand out memory that the next step overwrites, while .grad and the method's state stay. Use "
+            "mode='default' or 'max-autotune-no-cudagraphs'."
+        )
 
 
 def _compile(method: Callable[..., _Traced], options: dict[str, Any]) -> Callable[..., _Traced]:
