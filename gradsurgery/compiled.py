@@ -198,7 +198,7 @@ class _Program:
         if self._compiled is None:
             self._compiled = _compile(self._trace, options)
         with torch._dynamo.config.patch(trace_autograd_ops=True), _explained():
-            traced = self._compiled(args, kwargs, rule.memory, weights, numbers)
+            traced = self._compiled(args, kwargs, self._memory(rule), weights, numbers)
         if traced.solution is not None:
             rule.accept(traced.solution, list(self._present))
             weights = traced.solution.weights
@@ -206,6 +206,14 @@ class _Program:
         extra = dict(traced.solution.diagnostics) if traced.solution is not None else {}
         residual = extra.pop("residual", None)
         return StepInfo(self.tasks, traced.values, weights, traced.gramian, residual, "compiled", extra)
+
+    def _memory(self, rule: Rule) -> Memory:
+        """The rule's, with what stands for weights before the first solve: None would be a graph of its own."""
+        memory, blocks = rule.memory, 1 if rule.method.needs is Needs.LOSSES else self.layout.blocks
+        if memory.weights is not None or isinstance(rule.method, ColumnMethod):
+            return memory
+        ones = torch.ones(blocks, len(self.tasks), dtype=torch.float64, device=self.layout.device)
+        return Memory(memory.state, ones, torch.full_like(ones, torch.nan) if rule.average else None)
 
     # All below is traced: it reads nothing that changes from step to step.
 
