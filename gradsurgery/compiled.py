@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -338,10 +339,7 @@ class _Place:
     def gradient(self, row: Tensor, offset: int) -> Tensor:
         """What a row (d,) holds of the parameter from ``offset`` on, in its shape and memory order."""
         shape = [self.shape[axis] for axis in self.order]
-        count = 1
-        for n in shape:
-            count *= n
-        return row[offset : offset + count].view(shape).permute(self.back).to(self.dtype)
+        return row[offset : offset + math.prod(shape)].view(shape).permute(self.back).to(self.dtype)
 
 
 def _value(outputs: dict[int, Tensor], t: int, device: torch.device) -> Tensor:
