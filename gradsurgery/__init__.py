@@ -7,9 +7,10 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "architectures" / "__init__.py").is_file():
     __path__.append(str(_root))
 
+from gradsurgery.compiled import compile_backward  # noqa: E402
 from gradsurgery.functional import aggregate  # noqa: E402
 from gradsurgery.optimizer import MTLOptimizer  # noqa: E402
 from gradsurgery.registry import get_method, list_methods  # noqa: E402
 from gradsurgery.stats import StepInfo  # noqa: E402
 
-__all__ = ["MTLOptimizer", "StepInfo", "aggregate", "get_method", "list_methods"]
+__all__ = ["MTLOptimizer", "StepInfo", "aggregate", "compile_backward", "get_method", "list_methods"]

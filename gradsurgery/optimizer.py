@@ -217,8 +217,14 @@ class MTLOptimizer(Optimizer):
 
         Raises:
             TypeError, ValueError: the losses cannot be used (the message says why); nothing has been changed then.
+            RuntimeError: a compiled model can be passed backward but once; nothing has been changed then.
         """
-        return self._surgery.backward(losses, scaler, independent, representation)
+        try:
+            return self._surgery.backward(losses, scaler, independent, representation)
+        except RuntimeError as error:
+            if "donated buffers" in str(error):
+                raise RuntimeError(_DONATED) from error
+            raise
 
     @torch._disable_dynamo
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -396,6 +402,14 @@ class MTLOptimizer(Optimizer):
             hook(self, args, kwargs)
 
 
+_DONATED = (
+    "A compiled part of the model can be passed backward once a forward, and this step needs several passes: torch "
+    "compiled its backward for a run with one pass, or found such a one in its cache, so that it overwrites what the "
+    "forward saved (donated buffers). Set torch._functorch.config.donated_buffer = False before the model is compiled, "
+    "and leave it so; or let this be the first backward of the freshly compiled model, which torch then takes into "
+    "account; or compile the whole step with gradsurgery.compile_backward. Nothing has been changed: take the step "
+    "again on a new forward."
+)
 _HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -48,6 +48,23 @@ class GramianFunction(Method):
                 f"shape {tuple(stats.gramian.shape)}; got {got}."
             )
         return w.to(stats.gramian), state, {}
+
+
+class Memory(NamedTuple):
+    """What one solve leaves for the next: the method's state, the last finite weights, and their running mean."""
+
+    state: State
+    weights: Tensor | None
+    averaged: Tensor | None
+
+
+class Solution(NamedTuple):
+    """Weights (B, T), the method's diagnostics, what is to be remembered, and whether () all of it was finite."""
+
+    weights: Tensor
+    diagnostics: dict[str, Tensor]
+    memory: Memory
+    finite: Tensor
 
 
 class Rule:
@@ -163,46 +180,82 @@ class Rule:
         Where a loss, a Gramian or what the method makes of them is not finite, the weights are NaN (so that an AMP
         scaler skips the step, as it would without surgery) and the state stays as it was.
         """
-        index, values, before = self._present(losses)
+        solution = self.solution(self.memory, losses, gramian, cross, self._generator)
+        self.accept(solution, losses.present)
+        return solution.weights, solution.diagnostics
+
+    @property
+    def memory(self) -> Memory:
+        """What the next solve starts from."""
+        return Memory(self._state, self._weights, self._averaged)
+
+    @property
+    def generator(self) -> Generator | None:
+        """Where random numbers come from; None before the first losses."""
+        return self._generator
+
+    def accept(self, solution: Solution, present: list[int]) -> None:
+        """Remembers a solve for these tasks, and counts its step."""
+        self._state, self._weights, self._averaged = solution.memory
+        # Only a schedule ever asks again, and must not settle on a failed solve.
+        self._finite = solution.finite if self.update_every > 1 else None
+        self._solved_for, self._steps, self._conflict = present, self._steps + 1, None
+
+    def solution(
+        self,
+        memory: Memory,
+        losses: TaskLosses,
+        gramian: Tensor | None,
+        cross: Tensor | None = None,
+        generator: Generator | None = None,
+    ) -> Solution:
+        """`solve` as a pure function of what it starts from, which a compiler can trace."""
+        index, values, before = self._present(losses, memory.state)
         if index is not None:
             gramian, cross = (None if G is None else G[:, index][:, :, index] for G in (gramian, cross))
         assert isinstance(self.method, Method)
         stats, finite = Stats(values, gramian, cross).sanitized()
-        w, after, diagnostics = self.method.weights(stats, before, self._generator)
-        finite = self._keep(before, after, finite & all_finite(w), index)
+        w, after, diagnostics = self.method.weights(stats, before, generator)
+        state, finite = self._keep(memory.state, before, after, finite & all_finite(w), index)
         if index is not None:
             w = w.new_zeros(len(w), len(losses.tasks)).index_copy_(1, index, w)
             if "head_weights" in diagnostics:
                 own = diagnostics["head_weights"]
                 diagnostics["head_weights"] = own.new_zeros(len(losses.tasks)).index_copy_(0, index, own)
+        averaged = memory.averaged
         if self.average:
-            w = self._smooth(w, finite, index)
-        previous = torch.ones_like(w) if self._weights is None else self._weights
-        self._weights = torch.where(finite, w, previous)
-        # Only a schedule ever asks again, and must not settle on a failed solve.
-        self._finite = finite if self.update_every > 1 else None
-        self._solved_for, self._steps, self._conflict = losses.present, self._steps + 1, None
-        return torch.where(finite, w, torch.nan), diagnostics
+            w, averaged = self._smooth(w, averaged, finite, index)
+        previous = torch.ones_like(w) if memory.weights is None else memory.weights
+        kept = Memory(state, torch.where(finite, w, previous), averaged)
+        return Solution(torch.where(finite, w, torch.nan), diagnostics, kept, finite)
 
-    def _smooth(self, w: Tensor, finite: Tensor, index: Tensor | None) -> Tensor:
-        """The running mean of the weights (B, T) over the steps in which a task was there, from its first weight on."""
-        old = torch.full_like(w, torch.nan) if self._averaged is None else self._averaged
+    def _smooth(
+        self, w: Tensor, averaged: Tensor | None, finite: Tensor, index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The running mean of the weights (B, T) over the steps in which a task was there, from its first weight on,
+        and the mean to go on from."""
+        old = torch.full_like(w, torch.nan) if averaged is None else averaged
         mean = torch.where(old.isnan(), w, self.average * old + (1 - self.average) * w)
         there = torch.ones_like(w, dtype=torch.bool)
         if index is not None:
             there = torch.zeros_like(there).index_fill_(1, index, True)
-        self._averaged = torch.where(finite & there, mean, old)
-        return torch.where(there, mean, 0.0)
+        return torch.where(there, mean, 0.0), torch.where(finite & there, mean, old)
 
     def columns(self, losses: TaskLosses) -> Callable[[Tensor], Tensor]:
         """The rule of a method that works column by column: J (T, n) -> direction (n,), NaN where J is not finite."""
+        return self.columns_from(self.memory, losses, self._generator)
+
+    def columns_from(
+        self, memory: Memory, losses: TaskLosses, generator: Generator | None
+    ) -> Callable[[Tensor], Tensor]:
+        """`columns` as a pure function of what it starts from, which a compiler can trace."""
         method = self.method
         assert isinstance(method, ColumnMethod)
-        index, _, state = self._present(losses)
+        index, _, state = self._present(losses, memory.state)
 
         def direct(jacobian: Tensor) -> Tensor:
             present = jacobian if index is None else jacobian[index]
-            return method.direction(present, state, self._generator)
+            return method.direction(present, state, generator)
 
         return direct
 
@@ -210,7 +263,7 @@ class Rule:
         """`TrackedMethod.track` of this step: an absent task's rows wait, and its measured ones are 0."""
         method = self.method
         assert isinstance(method, TrackedMethod)
-        index, values, state = self._present(losses)
+        index, values, state = self._present(losses, self._state)
         before = dict(state)
 
         def track(rows: Tensor, tracked: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,47 +274,48 @@ class Rule:
 
         return track
 
-    def _keep(self, before: State, after: State, finite: Tensor, index: Tensor | None) -> Tensor:
-        """Takes over the next state, unless something in it or before it is not finite."""
-        for key, tensor in after.items():
-            if tensor is not before[key]:
-                finite = finite & all_finite(tensor)
-        for key, tensor in after.items():
-            if tensor is not before[key]:
-                self._state[key] = self._put(key, torch.where(finite, tensor, before[key]), index)
-        return finite
+    def _keep(
+        self, state: State, before: State, after: State, finite: Tensor, index: Tensor | None
+    ) -> tuple[State, Tensor]:
+        """The next state, unless something in it or before it is not finite, and whether all is."""
+        changed = {key: tensor for key, tensor in after.items() if tensor is not before[key]}
+        for tensor in changed.values():
+            finite = finite & all_finite(tensor)
+        kept = {key: torch.where(finite, tensor, before[key]) for key, tensor in changed.items()}
+        return {**state, **{key: self._put(key, state[key], tensor, index) for key, tensor in kept.items()}}, finite
 
     def observe(self, losses: TaskLosses) -> None:
         """Tells the method what the step led to."""
         if not isinstance(self.method, ObservingMethod) or self.tasks is None:
             return
-        index, values, before = self._present(losses)
-        self._keep(before, self.method.observe(values, before), all_finite(values), index)
+        index, values, before = self._present(losses, self._state)
+        after = self.method.observe(values, before)
+        self._state, _ = self._keep(self._state, before, after, all_finite(values), index)
 
     def epoch_end(self) -> None:
         """Tells the method that an epoch is over."""
         if isinstance(self.method, EpochMethod) and self.tasks is not None:
             self._state = self.method.epoch_end(self._state)
 
-    def _present(self, losses: TaskLosses) -> tuple[Tensor | None, Tensor, State]:
+    def _present(self, losses: TaskLosses, state: State) -> tuple[Tensor | None, Tensor, State]:
         """Positions of the present tasks (None where all are), their losses, and their part of the state."""
         present = losses.present
         if len(present) == len(losses.tasks):
-            return None, losses.values, self._state
+            return None, losses.values, state
         # Made of pieces that are on the device: a list that is copied there makes the host wait.
         everyone = torch.arange(len(losses.tasks), device=losses.values.device)
         index = torch.stack([everyone[t] for t in present])
-        return index, losses.values[index], {key: self._take(key, value, index) for key, value in self._state.items()}
+        return index, losses.values[index], {key: self._take(key, value, index) for key, value in state.items()}
 
     def _take(self, key: str, tensor: Tensor, index: Tensor) -> Tensor:
         for axis in self.method.task_axes_of(key, tensor):
             tensor = tensor.index_select(axis, index)
         return tensor
 
-    def _put(self, key: str, tensor: Tensor, index: Tensor | None) -> Tensor:
+    def _put(self, key: str, whole: Tensor, tensor: Tensor, index: Tensor | None) -> Tensor:
         if index is None:
             return tensor
-        axes = self.method.task_axes_of(key, self._state[key])
+        axes = self.method.task_axes_of(key, whole)
         if not axes:
             return tensor
         place: list[Tensor | slice] = [slice(None)] * tensor.ndim
@@ -269,7 +323,7 @@ class Rule:
             shape = [1] * len(axes)
             shape[n] = -1
             place[axis] = index.reshape(shape)
-        whole = self._state[key].clone()
+        whole = whole.clone()
         whole[tuple(place)] = tensor
         return whole
 

@@ -45,7 +45,7 @@ class Surgery:
         self.info: StepInfo | None = None
         self.holding = False
         self._broken = False
-        self._resolve_on_conflict = resolve_on_conflict
+        self.resolve_on_conflict = resolve_on_conflict
         self._solved: Rows | None = None
         self._held: list[Measurement] = []
         self._held_losses: TaskLosses | None = None
@@ -258,7 +258,7 @@ class Surgery:
 
     def _operate(self, losses: TaskLosses, measured: Sequence[Measurement], grad_scale: Tensor | None) -> StepInfo:
         batch, *samples = measured
-        self._solved = batch if self._resolve_on_conflict and isinstance(batch, Rows) else None
+        self._solved = batch if self.resolve_on_conflict and isinstance(batch, Rows) else None
         method, name = self.rule.method, batch.engine
         if Needs.COLUMNS in method.needs:
             batch.write_columns(self.rule.columns(losses))

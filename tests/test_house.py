@@ -24,6 +24,7 @@ FOLDERS = {"gradsurgery": "gradsurgery", "architectures": "gradsurgery.architect
 ARROWS: dict[str, set[str]] = {
     "stats": set(),
     "registry": {"stats"},
+    "draws": set(),
     "losses": set(),
     "solvers": set(),
     "kernels": set(),
@@ -35,7 +36,19 @@ ARROWS: dict[str, set[str]] = {
     "tracked": {"engines"},
     "surgery": {"engines", "losses", "parameters", "registry", "rule", "stats", "tracked"},
     "optimizer": {"engines", "losses", "parameters", "registry", "rule", "stats", "surgery"},
-    "__init__": {"functional", "optimizer", "registry", "stats"},
+    "compiled": {
+        "draws",
+        "engines",
+        "kernels",
+        "losses",
+        "optimizer",
+        "parameters",
+        "registry",
+        "rule",
+        "stats",
+        "surgery",
+    },
+    "__init__": {"compiled", "functional", "optimizer", "registry", "stats"},
     "architectures": set(),
     "recipes": {"", "architectures", "registry", "stats"},
 }
@@ -157,7 +170,8 @@ def test_no_path_of_a_machine_leaks_in(path: Path) -> None:
 
 
 def test_public_names() -> None:
-    assert sorted(gradsurgery.__all__) == ["MTLOptimizer", "StepInfo", "aggregate", "get_method", "list_methods"]
+    names = ["MTLOptimizer", "StepInfo", "aggregate", "compile_backward", "get_method", "list_methods"]
+    assert sorted(gradsurgery.__all__) == names
     for name in gradsurgery.__all__:
         assert getattr(gradsurgery, name).__doc__
 
