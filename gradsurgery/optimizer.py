@@ -127,8 +127,8 @@ class MTLOptimizer(Optimizer):
                 "that it tracks from step to step, and has nothing to go by there. Use update_every=1."
             )
         parameters = Parameters(base_opt, shared_params, blocks)
-        rows = Needs.COLUMNS | Needs.TRACKED | Needs.CROSS
-        road = make_engine(engine, rows=resolve_on_conflict or bool(rule.needs & rows))
+        rows = resolve_on_conflict or measure_on is not None
+        road = make_engine(engine, rows=rows or bool(rule.needs & (Needs.COLUMNS | Needs.TRACKED | Needs.CROSS)))
         if measure_on is not None:
             road = Subset(road, parameters.subset(measure_on))
         road.refuse(rule.needs, name, blocks=parameters.in_blocks)

@@ -232,7 +232,8 @@ class Surgery:
         task_specific, held = self.parameters.task_specific(), self._held or [None] * len(batches)
         measured = []
         for n, (losses, rows) in enumerate(zip(batches, held, strict=True)):
-            batch = Batch(losses, self._layouts[n], task_specific if n == 0 else [], grad_scale)
+            own = task_specific if n == 0 else []
+            batch = Batch(losses, self._layouts[n], own, grad_scale, hold=self.holding)
             measured.append(engine.measure(batch, rows))
         return measured
 

@@ -22,6 +22,7 @@ class Batched(Checked):
 
     Args:
         chunk_size: tasks a pass, against memory; None: all of them.
+        quiet: no warning where `Sequential` takes over.
 
     Raises:
         ValueError: a chunk of no task.
@@ -29,8 +30,8 @@ class Batched(Checked):
 
     name: ClassVar[str] = "batched"
 
-    def __init__(self, chunk_size: int | None = None):
-        super().__init__(Sequential())
+    def __init__(self, chunk_size: int | None = None, *, quiet: bool = False):
+        super().__init__(Sequential(), quiet=quiet)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 task or more, or None for all at once; got {chunk_size}.")
         self.chunk_size = chunk_size

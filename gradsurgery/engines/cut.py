@@ -87,10 +87,7 @@ def cut(batch: Batch, graph: Graph | None = None, at: Sequence[Edge] | None = No
     """
     losses, shared = batch.losses, batch.layout.params
     graph = survey(losses.outputs) if graph is None else graph
-    if at is None:
-        common = {node for node, tasks in graph.tasks.items() if tasks & (tasks - 1)}
-    else:
-        common = graph.below(node for node, _ in at)
+    common = common_part(graph) if at is None else graph.below(node for node, _ in at)
     trunk = graph.within(common)
     operated, wanted = {id(p) for p in shared}, {id(p) for p in (*shared, *batch.task_specific)}
     own: list[dict[Tensor, Tensor]] = [{} for _ in losses.tasks]
@@ -115,6 +112,11 @@ def cut(batch: Batch, graph: Graph | None = None, at: Sequence[Edge] | None = No
         {p: _stack(rows, len(row)) for p, rows in direct.items()},
         [p for p in trunk.leaves.values() if id(p) in wanted and id(p) not in operated],
     )
+
+
+def common_part(graph: Graph) -> set[Node]:
+    """The nodes that more than one loss reaches."""
+    return {node for node, tasks in graph.tasks.items() if tasks & (tasks - 1)}
 
 
 def _stack(rows: Mapping[int, Tensor], K: int) -> Tensor:

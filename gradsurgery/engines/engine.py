@@ -63,6 +63,7 @@ class Batch:
         layout: the shared parameters and their blocks.
         task_specific: the other parameters that losses may reach.
         grad_scale: () factor on every gradient (an AMP scale), or None.
+        hold: whether further micro-batches are to be added.
         retain: whether the graph is wanted once more; else it is freed, at the latest as the direction is written.
     """
 
@@ -70,6 +71,7 @@ class Batch:
     layout: Layout
     task_specific: Sequence[Tensor] = ()
     grad_scale: Tensor | None = None
+    hold: bool = False
     retain: bool = False
 
     def start(self, task: int) -> tuple[Output, Tensor]:

@@ -40,13 +40,16 @@ class Gramian(Checked):
     methods that work column by column and for several blocks.
 
     The first step is compared with `Sequential`, which takes over, with a warning, where vmap is wrong or fails.
+
+    Args:
+        quiet: no warning where `Sequential` takes over, and it does so too where vmap would loop over an operator.
     """
 
     name: ClassVar[str] = "gramian"
     holds: ClassVar[bool] = False
 
-    def __init__(self) -> None:
-        super().__init__(Sequential())
+    def __init__(self, *, quiet: bool = False):
+        super().__init__(Sequential(), quiet=quiet)
 
     def refuse(self, needs: Needs, name: str, *, blocks: bool) -> None:
         if needs & (Needs.TRACKED | Needs.CROSS):
@@ -57,7 +60,7 @@ class Gramian(Checked):
             )
 
     def _measure(self, batch: Batch, held: Measurement | None) -> Streamed:
-        return Streamed(cut(batch), batch.layout, retain=batch.retain)
+        return Streamed(cut(batch), batch.layout, retain=batch.retain, fallback=not self._quiet)
 
     def _fault(self, measured: Streamed, batch: Batch, expected: Tensor, tolerance: Tensor) -> str | None:
         return measured.fault(expected, tolerance)
@@ -85,12 +88,13 @@ class Streamed(Measurement):
         parts: the batch.
         layout: the shared parameters and their blocks.
         retain: whether the graph is wanted once more.
+        fallback: whether an operator that vmap has no rule for is looped over, or an error.
     """
 
     engine = "gramian"
 
-    def __init__(self, parts: Cut, layout: Layout, *, retain: bool):
-        self._cut, self._layout, self._retain = parts, layout, retain
+    def __init__(self, parts: Cut, layout: Layout, *, retain: bool, fallback: bool = True):
+        self._cut, self._layout, self._retain, self._fallback = parts, layout, retain, fallback
         self._K = len(parts.present)
         self._place = {p: n for n, p in enumerate(layout.params)}
         self._sites = find_sites(parts, layout, self._place)
@@ -212,7 +216,7 @@ class Streamed(Measurement):
             if apply is not None:
                 handles += [s.node.register_prehook(self._prehook(functools.partial(apply, s))) for s in passed]
             inputs = [*formed, *(GradientEdge(site.node, 0) for site in ends)]
-            found = flow(self._cut.edges, self._cut.seeds, inputs, retain=retain, fallback=True)
+            found = flow(self._cut.edges, self._cut.seeds, inputs, retain=retain, fallback=self._fallback)
         finally:
             for handle in handles:
                 handle.remove()

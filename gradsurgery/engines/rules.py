@@ -21,6 +21,8 @@ from torch.autograd.graph import Node
 
 from gradsurgery import kernels
 
+Costs = tuple[float, float, float]
+
 
 @dataclass(frozen=True)
 class LayerRule:
@@ -31,7 +33,8 @@ class LayerRule:
         bias: which the bias is; None where there is none.
         channels: the axis of the output (from the left, the batch being 0) that a bias runs along.
         takes: whether the rule holds for that node.
-        costs: (node, K) -> multiply-adds of the Gramian of K tasks by the rule, and by forming the weight gradients.
+        costs: (node, K) -> multiply-adds of a weight gradient, elements of it, and multiply-adds of the Gramian of K
+            tasks by the rule.
         gramian: (node, D (K, *output)) -> (K, K) float64.
     """
 
@@ -39,7 +42,7 @@ class LayerRule:
     bias: int | None
     channels: int
     takes: Callable[[Any], bool]
-    costs: Callable[[Any, int], tuple[float, float]]
+    costs: Callable[[Any, int], Costs]
     gramian: Callable[[Any, Tensor], Tensor]
 
     def bias_rows(self, D: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ def gramian_rule(
     bias: int | None = None,
     channels: int = -1,
     takes: Callable[[Any], bool],
-    costs: Callable[[Any, int], tuple[float, float]],
+    costs: Callable[[Any, int], Costs],
 ) -> Callable[[Callable[[Any, Tensor], Tensor]], Callable[[Any, Tensor], Tensor]]:
     """Registers a function as the rule of an operator; see `LayerRule` for the arguments.
 
@@ -83,13 +86,13 @@ def gramian_rule(
     return register
 
 
-def rule_of(node: Node, K: int, gain: float = 1.0) -> LayerRule | None:
-    """The rule of a node, if it holds there and costs less than ``gain`` times forming K weight gradients."""
+def rule_of(node: Node, K: int) -> LayerRule | None:
+    """The rule of a node, if it holds there and costs less than K weight gradients and their Gramian."""
     rule = RULES.get(node.name())
     if rule is None or not rule.takes(node):
         return None
-    by_rule, formed = rule.costs(node, K)
-    return rule if by_rule < gain * formed else None
+    formed, elements, ruled = rule.costs(node, K)
+    return rule if ruled < K * (formed + K * elements) else None
 
 
 def saved(node: Any, *names: str) -> bool:
@@ -109,12 +112,12 @@ def products(A: Tensor, D: Tensor) -> Tensor:
     return kernels.block_gramian(D.flatten(1), torch.matmul(A @ A.mT, D).flatten(1))
 
 
-def product_costs(N: int, a: int, b: int, K: int) -> tuple[float, float]:
-    """Multiply-adds by `products`, and by K weight gradients (b, a)."""
-    return N * N * (a + K * b) + K * K * N * b, K * a * b * (N + K)
+def product_costs(N: int, a: int, b: int, K: int) -> Costs:
+    """`LayerRule.costs` of `products`, for a weight (b, a)."""
+    return N * a * b, a * b, N * N * (a + K * b) + K * K * N * b
 
 
-def _linear_costs(A: Sequence[int], b: int, K: int) -> tuple[float, float]:
+def _linear_costs(A: Sequence[int], b: int, K: int) -> Costs:
     return product_costs(A[0], A[1], b, K)
 
 
@@ -151,12 +154,12 @@ def _is_plain_convolution(node: Any) -> bool:
     )
 
 
-def _convolution_costs(node: Any, K: int) -> tuple[float, float]:
+def _convolution_costs(node: Any, K: int) -> Costs:
     out, weight = node._input_metadata[0].shape, node._saved_weight.shape
     positions, image = out[0] * out[2] * out[3], node._saved_input.shape
     a = weight[1] * weight[2] * weight[3]
-    by_rule, formed = product_costs(positions, a, weight[0], K)
-    return by_rule + image[0] * a * out[2] * out[3], formed
+    formed, elements, ruled = product_costs(positions, a, weight[0], K)
+    return formed, elements, ruled + image[0] * a * out[2] * out[3]
 
 
 @gramian_rule(
@@ -184,10 +187,10 @@ def _takes_embedding(node: Any) -> bool:
     return saved(node, "indices") and not node._saved_scale_grad_by_freq and not node._saved_sparse
 
 
-def _embedding_costs(node: Any, K: int) -> tuple[float, float]:
+def _embedding_costs(node: Any, K: int) -> Costs:
     words, width = node._saved_weight_sym_argsize_0, node._input_metadata[0].shape[-1]
     N = node._saved_indices.numel()
-    return K * width * N * (1 + K), K * width * (N + K * words)
+    return width * N, width * words, K * width * N * (1 + K)
 
 
 @gramian_rule("EmbeddingBackward0", weight=0, takes=_takes_embedding, costs=_embedding_costs)

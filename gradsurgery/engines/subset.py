@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -45,7 +46,7 @@ class Subset(Engine):
         layout = self._layouts.get(batch.layout)
         if layout is None:
             layout = self._layouts[batch.layout] = self._layout(batch.layout)
-        measured = self._engine.measure(Batch(batch.losses, layout, (), batch.grad_scale, retain=True))
+        measured = self._engine.measure(dataclasses.replace(batch, layout=layout, task_specific=(), retain=True))
         return OnSubset(measured, batch)
 
     def _layout(self, whole: Layout) -> Layout:
