@@ -54,6 +54,19 @@ def test_rule_is_the_gramian_of_weight_gradients(name: str, K: int) -> None:
         torch.testing.assert_close(rule.bias_rows(inner), biases)
 
 
+def test_a_rule_keeps_the_digits_where_samples_cancel() -> None:
+    """Of a sum that is 1e-3 of its terms, float32 products of activations and gradients would leave none."""
+    torch.manual_seed(0)
+    layer, half = nn.Linear(20, 10), torch.randn(16, 20)
+    x = torch.cat([half, half + 1e-3 * torch.randn_like(half)])
+    y = layer(x)
+    one = torch.randn(3, 16, 10)
+    D = torch.cat([one, -one], dim=1)
+    exact = torch.stack([(d.double().T @ x.double()).flatten() for d in D])
+    G = RULES["AddmmBackward0"].gramian(y.grad_fn, D)
+    torch.testing.assert_close(G, exact @ exact.T, rtol=1e-7, atol=0)
+
+
 @pytest.mark.parametrize(
     "layer",
     [nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3), nn.Conv1d(4, 4, 3), nn.Conv3d(4, 4, 3)],

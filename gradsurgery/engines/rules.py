@@ -107,18 +107,29 @@ def saved(node: Any, *names: str) -> bool:
 
 
 def products(A: Tensor, D: Tensor) -> Tensor:
-    """Inner products (K, K) of ``D_t^T A``, for activations A (N, a) and output gradients D (K, N, b)."""
-    A, D = kernels.accumulable(A), kernels.accumulable(D)
+    """Inner products (K, K) of ``D_t^T A``, for activations A (N, a) and output gradients D (K, N, b).
+
+    In float64: where the gradients of single positions cancel, a weight gradient that is formed loses digits once, and
+    these products would lose them twice.
+    """
+    A, D = A.double(), D.double()
     return kernels.block_gramian(D.flatten(1), torch.matmul(A @ A.mT, D).flatten(1))
 
 
-def product_costs(N: int, a: int, b: int, K: int) -> Costs:
-    """`LayerRule.costs` of `products`, for a weight (b, a)."""
-    return N * a * b, a * b, N * N * (a + K * b) + K * K * N * b
+def product_costs(A: Sequence[int], b: int, K: int, device: torch.device) -> Costs:
+    """`LayerRule.costs` of `products`, for activations of shape A = (N, a) and a weight (b, a)."""
+    N, a = A
+    return N * a * b, a * b, _double_costs(device) * (N * N * (a + K * b) + K * K * N * b)
 
 
-def _linear_costs(A: Sequence[int], b: int, K: int) -> Costs:
-    return product_costs(A[0], A[1], b, K)
+def _double_costs(device: torch.device) -> float:
+    """Of a multiply-add in float64, in float32 ones: half the rate, but for GPUs made for graphics."""
+    graphics = device.type == "cuda" and torch.cuda.get_device_capability(device)[1] != 0
+    return 64 if graphics else 2
+
+
+def _costs(node: Any, A: Tensor, K: int) -> Costs:
+    return product_costs(A.shape, node._input_metadata[0].shape[1], K, A.device)
 
 
 @gramian_rule(
@@ -126,7 +137,7 @@ def _linear_costs(A: Sequence[int], b: int, K: int) -> Costs:
     weight=2,
     bias=0,
     takes=lambda node: node._saved_alpha == node._saved_beta == 1 and saved(node, "mat1"),
-    costs=lambda node, K: _linear_costs(node._saved_mat1.shape, node._input_metadata[0].shape[1], K),
+    costs=lambda node, K: _costs(node, node._saved_mat1, K),
 )
 def linear(node: Any, D: Tensor) -> Tensor:
     """``bias + A W``."""
@@ -137,7 +148,7 @@ def linear(node: Any, D: Tensor) -> Tensor:
     "MmBackward0",
     weight=1,
     takes=lambda node: saved(node, "self"),
-    costs=lambda node, K: _linear_costs(node._saved_self.shape, node._input_metadata[0].shape[1], K),
+    costs=lambda node, K: _costs(node, node._saved_self, K),
 )
 def matrix_product(node: Any, D: Tensor) -> Tensor:
     """``A W``."""
@@ -158,7 +169,7 @@ def _convolution_costs(node: Any, K: int) -> Costs:
     out, weight = node._input_metadata[0].shape, node._saved_weight.shape
     positions, image = out[0] * out[2] * out[3], node._saved_input.shape
     a = weight[1] * weight[2] * weight[3]
-    formed, elements, ruled = product_costs(positions, a, weight[0], K)
+    formed, elements, ruled = product_costs((positions, a), weight[0], K, node._saved_input.device)
     return formed, elements, ruled + image[0] * a * out[2] * out[3]
 
 
