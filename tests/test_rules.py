@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import Toy, batch, optimizer
+from models import Toy, batch, flat, optimizer
 from torch import Tensor, nn
 
 from gradsurgery import MTLOptimizer
@@ -116,6 +116,24 @@ def test_auto_keeps_rows_where_they_are_wanted() -> None:
             model.opt.backward([loss / 2 for loss in model.losses(4)])
     assert model.opt.info.engine == "sequential"
     assert model.opt.backward(model.losses(4)).engine == "gramian"
+
+
+@pytest.mark.parametrize("engine", ["batched", "gramian"])
+def test_an_operator_that_is_new_is_compared_first(engine: str) -> None:
+    """vmap is wrong for cdist, which the first step does not pass."""
+    model, x = Toy(), batch()
+    opt = optimizer(model, "upgrad", engine=engine)
+    assert opt.backward(model.losses(x)).engine == engine
+    z = model.trunk(x)
+    z = torch.cdist(z, z.flip(0))
+    losses = [(t + 1) * (z.roll(t, 1)[:, :3] - t).square().mean() for t in range(3)]
+    J = torch.stack(
+        [flat(torch.autograd.grad(loss, list(model.trunk.parameters()), retain_graph=True)) for loss in losses]
+    )
+    opt.zero_grad()
+    with pytest.warns(UserWarning, match="sequential"):
+        assert opt.backward(losses).engine == "sequential"
+    torch.testing.assert_close(opt.info.gramian[0], J @ J.T)
 
 
 @pytest.mark.parametrize("engine", [Sequential(), Batched(2), Gramian(), "auto"])

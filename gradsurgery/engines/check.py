@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from gradsurgery.engines.engine import Batch, Engine, Measurement
-from gradsurgery.engines.graph import survey
+from gradsurgery.engines.graph import Graph, survey
 from gradsurgery.engines.layout import PerLayout
 
 # Largest differences of projections, as a share of the task's gradient, that are put down to rounding.
@@ -32,8 +32,9 @@ def project(n: int, rows: Sequence[Tensor]) -> Tensor:
 
 
 class Checked(Engine):
-    """An engine that compares itself with one backward pass a task before it is trusted with a model; where it is
-    wrong, or fails, the engine ``instead`` runs from then on.
+    """An engine that compares itself with one backward pass a task before it is trusted with a model, and again before
+    it is trusted with an operator that is new in its graph; where it is wrong, or fails, the engine ``instead`` runs
+    from then on.
 
     Args:
         instead: what takes over.
@@ -42,11 +43,12 @@ class Checked(Engine):
 
     def __init__(self, instead: Engine, *, quiet: bool = False):
         self._instead, self._quiet = instead, quiet
-        self._trusted: PerLayout[bool] = PerLayout()
+        # The operators that have been compared; None once it has failed.
+        self._trusted: PerLayout[set[str] | None] = PerLayout()
 
     @abc.abstractmethod
-    def _measure(self, batch: Batch, held: Measurement | None) -> Measurement:
-        """`Engine.measure`, unchecked."""
+    def _measure(self, batch: Batch, graph: Graph, held: Measurement | None) -> Measurement:
+        """`Engine.measure`, unchecked; ``graph`` is that of the losses."""
 
     @abc.abstractmethod
     def _fault(self, measured: Any, batch: Batch, expected: Tensor, tolerance: Tensor) -> str | None:
@@ -60,27 +62,33 @@ class Checked(Engine):
         """
 
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
-        if held is None and batch.layout not in self._trusted:
-            measured = self._first(batch)
-            if measured is not None:
-                return measured
-        trusted = self._trusted.get(batch.layout, False)
-        return self._measure(batch, held) if trusted else self._instead.measure(batch, held)
+        trusted = self._trusted.get(batch.layout, set())
+        if trusted is None:
+            return self._instead.measure(batch, held)
+        graph = survey(batch.losses.outputs)
+        operators = {node.name() for node in graph.next}
+        if operators <= trusted:
+            return self._measure(batch, graph, held)
+        measured = self._first(batch, graph, operators) if held is None else None
+        return self._instead.measure(batch, held) if measured is None else measured
 
-    def _first(self, batch: Batch) -> Measurement | None:
+    def _first(self, batch: Batch, graph: Graph, operators: set[str]) -> Measurement | None:
         """A measurement that has been found right; None where there is none."""
+        # What is wrong for some tasks may be right for a single one, or where gradients vanish.
+        enough = min(2, len(batch.losses.tasks))
+        if len(batch.losses.present) < enough:
+            return None
         expected = _expected(batch)
         scale = expected.square().sum(dim=1).sqrt()
-        # What is wrong for some tasks may be right for a single one, or where gradients vanish.
-        if len(expected) < min(2, len(batch.losses.tasks)) or not bool((scale.isfinite() & (scale > 0)).all()):
+        if not bool(scale.isfinite().all() & ((scale > 0).sum() >= enough)):
             return None
         kept = dataclasses.replace(batch, retain=True)
         try:
-            measured = self._measure(kept, None)
-            fault = self._fault(measured, kept, expected, _tolerance(batch) * scale)
+            measured = self._measure(kept, graph, None)
+            fault = self._fault(measured, kept, expected, _tolerance(batch, operators) * scale)
         except Exception as error:
             measured, fault = None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        self._trusted[batch.layout] = fault is None
+        self._trusted[batch.layout] = None if fault else (self._trusted.get(batch.layout) or set()) | operators
         if fault is None or self._quiet:
             return measured if fault is None else None
         warnings.warn(
@@ -102,8 +110,8 @@ def _expected(batch: Batch) -> Tensor:
     return torch.stack([sketch(task) for task in batch.losses.present])
 
 
-def _tolerance(batch: Batch) -> float:
+def _tolerance(batch: Batch, operators: set[str]) -> float:
     """Of the narrowest arithmetic in the graph; a cast there, autocast's perhaps, counts as half precision."""
-    if any(node.name() == "ToCopyBackward0" for node in survey(batch.losses.outputs).next):
+    if "ToCopyBackward0" in operators:
         return CAST
     return max(TOLERANCE.get(p.dtype, CAST) for p in batch.layout.params)

@@ -59,8 +59,8 @@ class Gramian(Checked):
                 "'batched'."
             )
 
-    def _measure(self, batch: Batch, held: Measurement | None) -> Streamed:
-        return Streamed(cut(batch), batch.layout, retain=batch.retain, fallback=not self._quiet)
+    def _measure(self, batch: Batch, graph: Graph, held: Measurement | None) -> Streamed:
+        return Streamed(cut(batch, graph), batch.layout, retain=batch.retain, fallback=not self._quiet)
 
     def _fault(self, measured: Streamed, batch: Batch, expected: Tensor, tolerance: Tensor) -> str | None:
         return measured.fault(expected, tolerance)
