@@ -34,14 +34,18 @@ def optimizers(problem: Problem, method: str) -> tuple[dict[str, MTLOptimizer], 
         "representation none": {"engine": Representation()},
         "representation sum": {"engine": Representation("sum")},
     }
-    made, refused = {}, {}
-    for name, chosen in options.items():
-        try:
-            base = torch.optim.SGD(problem.params, lr=RATE)
-            made[name] = MTLOptimizer(base, method, problem.shared, seed=0, **chosen)
-        except ValueError as error:
-            refused[name] = in_words(error)
-    return made, refused
+    made = {name: optimizer(problem, method, chosen) for name, chosen in options.items()}
+    refused = {name: in_words(opt) for name, opt in made.items() if isinstance(opt, ValueError)}
+    return {name: opt for name, opt in made.items() if isinstance(opt, MTLOptimizer)}, refused
+
+
+def optimizer(problem: Problem, method: str, options: Mapping[str, Any]) -> MTLOptimizer | ValueError:
+    """One, or its refusal."""
+    base = torch.optim.SGD(problem.params, lr=RATE)
+    try:
+        return MTLOptimizer(base, method, problem.shared, seed=0, **options)
+    except ValueError as error:
+        return error
 
 
 def measure(model: str, method: str, steps: int, device: torch.device) -> dict[str, Any]:

@@ -7,8 +7,8 @@ floor                T bare `torch.autograd.grad` calls, gradients summed: what 
 sequential, batched, gramian, representation, auto
                      `MTLOptimizer` with that engine
 last block           ``measure_on`` the trunk's last block
-every 10             ``update_every=10``, as a tenth of a step that solves and nine tenths of one that does not; they are
-                     timed in turn with ``update_every=2``, which takes the same two kinds
+every 10             ``update_every=10``, as a tenth of a step that solves and nine tenths of one that does not; they
+                     are timed in turn with ``update_every=2``, which takes the same two kinds
 compiled             `gradsurgery.compile_backward`, by inductor
 torchjd vmap         TorchJD's `mtl_backward` on the shared features, all rows at once
 torchjd sequential   the same, one row at a time
@@ -17,6 +17,7 @@ libmtl               LibMTL's weighting in a minimal host: its losses come as a 
                      its trainer's vector
 """
 
+import copy
 import importlib
 import sys
 import types
@@ -158,8 +159,10 @@ def torchjd(chunk: int | None) -> Make:
 def autogram(problem: Problem, method: str) -> Step:
     names = {"upgrad": "UPGradWeighting", "mgda": "MGDAWeighting", "pcgrad": "PCGradWeighting"}
     weighting = getattr(_torchjd("aggregation"), names[method])()
+    # A forward under the engine's hooks must lead to its Gramian.
+    unhooked = copy.deepcopy(problem)
     engine = _torchjd("autogram").Engine(problem.net.trunk, batch_dim=None)
-    expected = _gramian(problem)
+    expected = _gramian(unhooked)
     found = engine.compute_gramian(torch.stack(problem.losses()[1]))
     off = float((found - expected).abs().max() / expected.abs().max())
     if not off <= GRAMIAN_TOLERANCE:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.memory [--models mlp2048 resnet18] [--tasks 2 3 10] [--out NAME]
 
-On the CPU each contender has a process of its own, in which malloc returns what is freed, and the peak is VmHWM over two
-steps after the contender's first ones (an engine's first step compares it with plain passes), less that over two plain
-steps of the same process before; what a contender imports, it has imported on a small model by then. On CUDA it is
-`torch.cuda.max_memory_allocated`. The contender's kept rows count; a plain step's own gradients don't.
+On the CPU each contender has a process of its own, in which malloc returns what is freed, and the peak is VmHWM over
+two steps after the contender's first ones (an engine's first step compares it with plain passes), less that over two
+plain steps of the same process before; what a contender imports, it has imported on a small model by then. On CUDA it
+is `torch.cuda.max_memory_allocated`. The contender's kept rows count; a plain step's own gradients don't.
 """
 
 import argparse

@@ -65,9 +65,9 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
 
 def draw(panels: Mapping[str, Series], label: str, path: Path) -> None:
     """One panel a model, one line a contender, with its name at its end."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
+    mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     columns = min(3, len(panels))
@@ -86,6 +86,7 @@ def draw(panels: Mapping[str, Series], label: str, path: Path) -> None:
 
 
 def panel(ax: Any, model: str, series: Series) -> None:
+    """Lines in the left two thirds, and their names."""
     names = [name for name in STYLE if name in series]
     ticks = sorted({T for points in series.values() for T in points})
     for name in names:
@@ -94,18 +95,29 @@ def panel(ax: Any, model: str, series: Series) -> None:
         ax.plot(*zip(*points, strict=True), dashes, color=color, marker="o", markersize=3, linewidth=1.6)
     ax.set(xscale="log", yscale="log", title=model, xlabel="tasks")
     ax.set_xticks(ticks, [str(T) for T in ticks])
-    ax.minorticks_off()
-    ax.set_xlim(ticks[0] * 0.85, ticks[-1] * (ticks[-1] / ticks[0] + 1) ** 0.75)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    spread = ticks[-1] / ticks[0] + 1
+    ax.set_xlim(ticks[0] * 0.85, ticks[-1] * spread**0.75)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
+    ends = [(max(series[name]), series[name][max(series[name])]) for name in names]
+    top = label(ax, names, ends, ticks[-1] * spread**0.08)
+    low, high = ax.get_ylim()[0], max(ax.get_ylim()[1], top)
+    ax.set_ylim(low, high)
+    rounded = [m * 10.0**e for e in range(-2, 4) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    ax.set_yticks(rounded, [f"{y:g}" for y in rounded])
+    ax.minorticks_off()
+
+
+def label(ax: Any, names: Sequence[str], ends: Sequence[tuple[float, float]], x: float) -> float:
+    """Names at the ends of lines, clear of each other; returns the height that they need."""
     low, high = (math.log(limit) for limit in ax.get_ylim())
-    last = [(max(series[name]), series[name][max(series[name])]) for name in names]
-    heights = apart([math.log(y) for _, y in last], 0.055 * (high - low))
-    for name, (x, y), height in zip(names, last, heights, strict=True):
-        at = (ticks[-1] * (ticks[-1] / ticks[0] + 1) ** 0.08, math.exp(height))
+    gap = 0.06 * (high - low)
+    heights = apart([math.log(y) for _, y in ends], gap)
+    for name, end, height in zip(names, ends, heights, strict=True):
         line = {"arrowstyle": "-", "color": STYLE[name][0], "linewidth": 0.5}
-        ax.annotate(name, (x, y), at, color=STYLE[name][0], fontsize=8, va="center", arrowprops=line)
+        at = (x, math.exp(height))
+        ax.annotate(name, end, at, color=STYLE[name][0], fontsize=8, va="center", arrowprops=line)
+    return math.exp(max(heights) + gap)
 
 
 def pictures(name: str, folder: Path = DOCS) -> list[Path]:
