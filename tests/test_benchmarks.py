@@ -1,7 +1,6 @@
 """The benchmarks measure what they say: contenders take the same step, and bounds can be missed."""
 
 import copy
-import json
 import subprocess
 import sys
 from pathlib import Path
