@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# `make bench OUT=name` keeps results as benchmarks/results/name-*.json.
+OUT ?= bench
 PACKAGES := gradsurgery architectures recipes
 # An editable install links file by file: a folder that gains or loses a file installs anew.
 FOLDERS := $(shell find $(PACKAGES) -type d -not -name __pycache__)
@@ -24,7 +26,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/basedpyright
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks --out $(OUT)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

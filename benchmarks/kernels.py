@@ -14,7 +14,6 @@ Medians of repeated calls: on CUDA by `triton.testing.do_bench`, which empties t
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import benchmark
 
-from benchmarks.overhead import RESULTS, machine
+from benchmarks.record import machine, write
 from gradsurgery import MTLOptimizer, kernels
 from gradsurgery.solvers import dual_cone
 
@@ -129,8 +128,7 @@ def main() -> None:
         whole, part = 1e3 * share["step"], 1e3 * share["surgery"]
         print(f"\nSurgery of a ResNet-50 step, T = 3: {part:.2f} ms of {whole:.1f} ({part / whole:.1%})")
     if args.out:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{args.out}.json").write_text(json.dumps(content, indent=1) + "\n")
+        write(args.out, content)
 
 
 if __name__ == "__main__":

@@ -1,263 +1,236 @@
-"""Seconds a training step, beside a plain loop and the physical floor, as ratios within one run.
+"""Seconds a training step, beside a plain loop, the physical floor and the peers, as ratios within one run.
 
-    python -m benchmarks.overhead [--models mlp resnet18 vit] [--tasks 2 3 10] [--rounds 15] [--out NAME]
+    python -m benchmarks.overhead [--models mlp64 vit] [--tasks 2 3] [--only auto floor] [--rounds 9] [--seconds 30]
+        [--method upgrad] [--compiled] [--libmtl PATH] [--out NAME]
 
-Contenders, each with its own copy of the model and of SGD, all stepping on the same batch:
+Contenders (`benchmarks.contenders`) have their own copies of the model and of SGD, and all step on the same batch.
+Rounds interleave them in an order drawn anew each time, so that neither a drift of the machine's speed nor the heap
+that one leaves behind favours another; ratios are taken round by round, and medians are reported with quartiles. Three
+steps of each warm up. Of a cell whose rounds are long, as many are taken as fit into ``--seconds``,
+and three at the least.
 
-plain              sum of the losses, one backward
-floor              T bare `torch.autograd.grad` calls, gradients summed: what any exact method pays at least
-gradsurgery        `MTLOptimizer`, method ``--method``
-torchjd vmap       TorchJD's `mtl_backward` on the shared features, all rows at once
-torchjd sequential the same, one row at a time
-
-Rounds interleave the contenders in an order drawn anew each time, so that neither a drift of the machine's speed nor
-the heap that one leaves behind favours another; ratios are taken round by round, and medians are reported with
-quartiles. The first two rounds warm up and are dropped.
+A price is that of whole steps that last 20 ms or more together. The clock is that of `torch.utils.benchmark`, which
+waits for an accelerator; its `Timer.timeit` would take two steps more before each measurement, thrice the time in all.
 """
 
 import argparse
 import copy
-import json
-import platform
+import gc
+import math
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+import timeit
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch.utils import benchmark
 
-from gradsurgery import MTLOptimizer
+from benchmarks.contenders import METHODS, DeclinedError, Make, Step, contenders, prepare
+from benchmarks.problems import MODELS, Problem
+from benchmarks.record import commit, machine, markdown, verdict, write
 
-RESULTS = Path(__file__).parent / "results"
-CLASSES = 10
-WARM_UP = 2
-# Ratios to the floor that must hold: the first engine is one copy and two products above it.
-BOUNDS = {"mlp": 1.12, "resnet18": 1.05, "vit": 1.05}
-
-
-def mlp() -> tuple[nn.Module, Tensor, int]:
-    """Three layers of 1024, batch 256: 3.1 M shared parameters, few of them reused, so rows weigh most here."""
-    layers = [m for _ in range(3) for m in (nn.Linear(1024, 1024), nn.ReLU())]
-    return nn.Sequential(*layers), torch.randn(256, 1024), 1024
+LEAST_ROUNDS = 3
+# Seconds of steps in one price.
+SPAN = 0.02
+# Tasks up to which `every 10` is measured: its rows are one T x d more in memory.
+MOST_FOR_TEN = 10
+FLOOR_BOUNDS = {"vit": 1.03, "resnet18": 1.03, "mlp1024": 1.08}
+TORCHJD = ("torchjd vmap", "torchjd sequential")
 
 
-def resnet18() -> tuple[nn.Module, Tensor, int]:
-    """torchvision's ResNet-18 on 16 images of 64 x 64: 11.2 M shared parameters."""
-    from torchvision.models import resnet18
+def measure(
+    model: str, tasks: int, method: str, makers: Mapping[str, Make], rounds: int, limit: float, device: torch.device
+) -> dict[str, Any]:
+    """One cell: seconds a step by contender and round, what ran, and who declined and why.
 
-    trunk = resnet18(weights=None)
-    trunk.fc = nn.Identity()
-    return trunk, torch.randn(16, 3, 64, 64), 512
-
-
-def vit() -> tuple[nn.Module, Tensor, int]:
-    """Six transformer layers of width 192 on 16 images of 32 x 32 in 4 x 4 patches: 2.7 M shared parameters."""
-    from torchvision.models import VisionTransformer
-
-    trunk = VisionTransformer(
-        image_size=32, patch_size=4, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=CLASSES
-    )
-    trunk.heads = nn.Identity()
-    return trunk, torch.randn(16, 3, 32, 32), 192
-
-
-MODELS = {"mlp": mlp, "resnet18": resnet18, "vit": vit}
-
-
-class Problem:
-    """A trunk, T linear heads, a batch, and one cross-entropy a task."""
-
-    def __init__(self, model: str, tasks: int, device: torch.device):
-        torch.manual_seed(0)
-        trunk, x, width = MODELS[model]()
-        self.trunk = trunk.to(device)
-        self.heads = nn.ModuleList([nn.Linear(width, CLASSES) for _ in range(tasks)]).to(device)
-        self.x = x.to(device)
-        self.y = torch.randint(CLASSES, (tasks, len(x)), device=device)
-        self.params = [*self.trunk.parameters(), *self.heads.parameters()]
-        self.base = torch.optim.SGD(self.params, lr=1e-4)
-
-    def losses(self) -> tuple[Tensor, list[Tensor]]:
-        """Shared features and the losses."""
-        z = self.trunk(self.x)
-        return z, [nn.functional.cross_entropy(h(z), y) for h, y in zip(self.heads, self.y, strict=True)]
-
-
-def plain(problem: Problem, method: str) -> Callable[[], object]:
-    def step() -> None:
-        problem.base.zero_grad()
-        torch.stack(problem.losses()[1]).sum().backward()
-        problem.base.step()
-
-    return step
-
-
-def floor(problem: Problem, method: str) -> Callable[[], object]:
-    def step() -> None:
-        problem.base.zero_grad()
-        _, losses = problem.losses()
-        for loss in losses:
-            gradients = torch.autograd.grad(
-                loss, problem.params, retain_graph=loss is not losses[-1], allow_unused=True
-            )
-            for p, g in zip(problem.params, gradients, strict=True):
-                if g is not None:
-                    p.grad = g if p.grad is None else p.grad.add_(g)
-            # Else two sets of gradients are alive at once, and the floor is not the least that can be had.
-            del gradients
-        problem.base.step()
-
-    return step
-
-
-def gradsurgery(problem: Problem, method: str) -> Callable[[], object]:
-    opt = MTLOptimizer(problem.base, method, problem.trunk.parameters())
-
-    def step() -> None:
-        opt.zero_grad()
-        opt.step(problem.losses()[1])
-
-    return step
-
-
-def torchjd(chunk: int | None) -> Callable[[Problem, str], Callable[[], object]]:
-    def make(problem: Problem, method: str) -> Callable[[], object]:
-        from torchjd import aggregation
-        from torchjd.autojac import jac_to_grad, mtl_backward
-
-        aggregator = {"upgrad": aggregation.UPGrad, "mgda": aggregation.MGDA, "pcgrad": aggregation.PCGrad}[method]()
-        shared = list(problem.trunk.parameters())
-
-        def step() -> None:
-            problem.base.zero_grad()
-            z, losses = problem.losses()
-            mtl_backward(losses, z, parallel_chunk_size=chunk)
-            jac_to_grad(shared, aggregator)
-            problem.base.step()
-
-        return step
-
-    return make
-
-
-CONTENDERS: dict[str, Callable[[Problem, str], Callable[[], object]]] = {
-    "plain": plain,
-    "floor": floor,
-    "gradsurgery": gradsurgery,
-    "torchjd vmap": torchjd(None),
-    "torchjd sequential": torchjd(1),
-}
-
-
-def measure(model: str, tasks: int, method: str, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds a step, by contender and round."""
-    problem = Problem(model, tasks, device)
-    steps = {name: make(copy.deepcopy(problem), method) for name, make in CONTENDERS.items()}
+    Args:
+        limit: seconds after which no further round is begun, once there are three.
+    """
+    steps, declined = ready(Problem(model, tasks, device), method, makers)
+    numbers = {name: steps_a_price(step) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     rng = np.random.default_rng(0)
-    for round_ in range(rounds + WARM_UP):
+    start = time.monotonic()
+    for round_ in range(rounds):
         for name in rng.permutation(list(steps)):
-            elapsed = timed(steps[name], device)
-            if round_ >= WARM_UP:
-                seconds[name].append(elapsed)
-    return seconds
+            seconds[name].append(timed(steps[name], numbers[name]))
+        if round_ >= LEAST_ROUNDS - 1 and time.monotonic() - start > limit:
+            break
+    engines = {name: engine for name, step in steps.items() if (engine := step.engine())}
+    return {"model": model, "tasks": tasks, "seconds": seconds, "engines": engines, "declined": declined}
 
 
-def timed(step: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def ready(problem: Problem, method: str, makers: Mapping[str, Make]) -> tuple[dict[str, Step], dict[str, str]]:
+    """Steps of those that take the problem, and the reasons of those that don't."""
+    steps, declined = {}, {}
+    for name, make in makers.items():
+        try:
+            steps[name] = prepare(name, make, copy.deepcopy(problem), method)
+        except DeclinedError as error:
+            declined[name] = str(error)
+        # What a refusal left behind holds gradients.
+        gc.collect()
+    return steps, declined
 
 
-def summary(seconds: dict[str, list[float]], to: str) -> dict[str, tuple[float, float, float]]:
+def steps_a_price(step: Step) -> int:
+    """As many as last `SPAN` or longer."""
+    return math.ceil(SPAN / timed(step, 1))
+
+
+def timed(step: Step, number: int) -> float:
+    """Seconds a step, of so many."""
+    timer = timeit.Timer("step()", timer=benchmark.timer, globals={"step": step.take})
+    if len(step.shares) == 1:
+        return timer.timeit(number) / number
+    return sum(share * timer.timeit(1) for _ in range(number) for share in step.shares) / number
+
+
+def summary(seconds: Mapping[str, list[float]], to: str) -> dict[str, tuple[float, float, float]]:
     """Quartiles (25, 50, 75 %) of the ratio to contender ``to``, by contender."""
     base = np.array(seconds[to])
     return {name: tuple(np.percentile(np.array(s) / base, [25, 50, 75]).tolist()) for name, s in seconds.items()}
 
 
-def machine(device: torch.device) -> dict[str, object]:
-    """What a number depends on."""
-    from importlib.metadata import version
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
-    return {
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "torchjd": version("torchjd"),
-        "commit": commit.stdout.strip(),
-    }
+def ratio(cell: Mapping[str, Any], name: str, to: str) -> float | None:
+    """The median over rounds; None where one of them was not measured."""
+    seconds = cell["seconds"]
+    return summary({n: seconds[n] for n in (name, to)}, to)[name][1] if {name, to} <= seconds.keys() else None
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+def better(cell: Mapping[str, Any], names: Iterable[str], to: str) -> float | None:
+    """The median ratio to ``to`` of the cheapest of those that were measured."""
+    found = [r for name in names if (r := ratio(cell, name, to)) is not None]
+    return min(found, default=None)
 
 
-def table(results: list[dict]) -> str:
-    """Markdown: medians, as ratios to plain, and ours to the floor."""
-    lines = [
-        "| model | T | plain, ms | floor | gradsurgery | TorchJD, vmap | TorchJD, sequential | gradsurgery / floor |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: medians with quartiles, in multiples of plain; "-" where a contender declined or was left out."""
+    names = list(dict.fromkeys(name for r in results for name in [*r["seconds"], *r["declined"]] if name != "plain"))
+    rows = []
     for r in results:
         to_plain = summary(r["seconds"], "plain")
-        to_floor = summary(r["seconds"], "floor")
-        cells = [f"{to_plain[name][1]:.2f}" for name in list(CONTENDERS)[1:]]
-        ours = f"**{to_floor['gradsurgery'][1]:.3f}**"
-        milliseconds = f"{1e3 * statistics.median(r['seconds']['plain']):.0f}"
-        lines.append(f"| {r['model']} | {r['tasks']} | {milliseconds} | {' | '.join(cells)} | {ours} |")
-    return "\n".join(lines)
+        cells = [_cell(to_plain.get(name), r["engines"].get(name, "") if name == "auto" else "") for name in names]
+        rows.append([r["model"], str(r["tasks"]), f"{1e3 * statistics.median(r['seconds']['plain']):.3g}", *cells])
+    return markdown(["model", "T", "plain, ms", *names], rows)
 
 
-def verdicts(results: list[dict]) -> list[str]:
-    """The bounds held for this engine that were missed."""
-    missed = []
+def _cell(quartiles: tuple[float, float, float] | None, engine: str) -> str:
+    if quartiles is None:
+        return "-"
+    low, median, high = quartiles
+    return f"{median:.2f} ({low:.2f}-{high:.2f})" + (f" {engine}" if engine else "")
+
+
+def reasons(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Who declined what, and why; cells with the same reason side by side."""
+    cells: dict[tuple[str, str], list[str]] = {}
     for r in results:
-        cell = f"{r['model']} T={r['tasks']}"
-        to_floor = summary(r["seconds"], "floor")
-        if to_floor["gradsurgery"][1] > BOUNDS[r["model"]]:
-            missed.append(f"{cell}: {to_floor['gradsurgery'][1]:.3f} x floor, over {BOUNDS[r['model']]}")
-        peer = min(to_floor["torchjd vmap"][1], to_floor["torchjd sequential"][1])
-        if to_floor["gradsurgery"][1] > peer:
-            missed.append(f"{cell}: slower than TorchJD ({to_floor['gradsurgery'][1]:.3f} against {peer:.3f} x floor)")
-    return missed
+        for name, why in r["declined"].items():
+            cells.setdefault((name, why), []).append(f"{r['model']} T={r['tasks']}")
+    return [f"- {name} ({', '.join(where)}): {why}" for (name, why), where in cells.items()]
+
+
+def verdicts(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every bound that was measured, held or missed."""
+    return [line for r in results for line in of_cell(r)] + over_the_grid(results)
+
+
+def of_cell(r: Mapping[str, Any]) -> list[str]:
+    """Of one cell."""
+    model, T = r["model"], r["tasks"]
+    least = [("sequential", "batched", 2.0), ("sequential", "compiled", 2.0)] if (model, T) == ("mlp64", 8) else []
+    most = [("sequential", "floor", FLOOR_BOUNDS[model])] if model in FLOOR_BOUNDS else []
+    if (model, T) == ("mlp2048", 10):
+        most.append(("gramian", "floor", 0.4))
+    if (model, T) == ("resnet18", 3):
+        most.append(("last block", "plain", 1.6))
+    if model != "mlp64":
+        most.append(("representation", "plain", 1.15))
+    lines = []
+    for name, to, bound in [*most, *least]:
+        if (found := ratio(r, name, to)) is not None:
+            line = verdict(f"{model} T={T}: {name} / {to}", found, bound, least=(name, to, bound) in least)
+            heads = ratio(r, "plain plus heads", "plain") if name == "representation" else None
+            lines.append(line if heads is None else f"{line}; plain plus heads {heads:.3g}")
+    return lines
+
+
+def over_the_grid(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`auto` beside the peers."""
+    lines = []
+    peers = {"TorchJD's better mode": TORCHJD, "LibMTL": ("libmtl",)}
+    bounds = {"TorchJD's better mode": 1.3, "LibMTL": 1.5}
+    for peer, names in peers.items():
+        ratios = [(f"{r['model']} T={r['tasks']}", x) for r in results if (x := better(r, names, "auto")) is not None]
+        if not ratios:
+            continue
+        if peer != "LibMTL":
+            cell, worst = min(ratios, key=lambda entry: entry[1])
+            lines.append(verdict(f"{peer} / auto, least, at {cell}", worst, 1.0, least=True))
+        mean = statistics.geometric_mean(x for _, x in ratios)
+        lines.append(verdict(f"{peer} / auto, geometric mean of {len(ratios)}", mean, bounds[peer], least=True))
+    with_autogram = [x for r in results if (x := better(r, (*TORCHJD, "torchjd autogram"), "auto")) is not None]
+    if any("torchjd autogram" in r["seconds"] for r in results) and with_autogram:
+        mean = statistics.geometric_mean(with_autogram)
+        lines.append(f"       with autogram among TorchJD's: {mean:.3g}, least {min(with_autogram):.3g}")
+    return lines
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the grid, and reports cell by cell on the way."""
+    device = torch.device(args.device)
+    makers = contenders(compile=args.compiled, checkout=args.libmtl)
+    if args.only:
+        makers = {name: make for name, make in makers.items() if name in {"plain", *args.only}}
+    results = []
+    for model in args.models:
+        for tasks in args.tasks or MODELS[model].tasks:
+            wanted = {name: make for name, make in makers.items() if tasks <= MOST_FOR_TEN or name != "every 10"}
+            start = time.monotonic()
+            results.append(measure(model, tasks, args.method, wanted, args.rounds, args.seconds, device))
+            line = table(results[-1:]).splitlines()[-1]
+            rounds = len(results[-1]["seconds"]["plain"])
+            print(f"{line} {rounds} rounds, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    about = machine(device) | ({"libmtl": commit(args.libmtl)} if args.libmtl else {})
+    return {"machine": about, "method": args.method, "rounds": args.rounds, "results": results}
+
+
+def report(content: Mapping[str, Any]) -> str:
+    """Table, reasons and verdicts."""
+    results = content["results"]
+    declined = reasons(results)
+    parts = [str(content["machine"]), table(results)]
+    parts += ["Not timed:\n" + "\n".join(declined)] if declined else []
+    return "\n\n".join([*parts, "\n".join(verdicts(results) or ["No bound was measured."])])
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which grid to measure."""
+    parser.add_argument("--method", choices=METHODS, default="upgrad")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=30.0, help="a cell, beyond which three rounds do")
+    parser.add_argument("--compiled", action="store_true", help="the compiled road, too: a minute of compiling")
+    parser.add_argument("--libmtl", type=Path, metavar="PATH", help="a checkout of LibMTL")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments(parser)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--tasks", nargs="+", type=int, default=[2, 3, 10])
-    parser.add_argument("--method", choices=["upgrad", "mgda", "pcgrad"], default="upgrad")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tasks", nargs="+", type=int, help="the same for all models; else each model's own")
+    parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="these beside plain")
     parser.add_argument("--out", help="name of a result file in benchmarks/results; none is written without it")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    results = []
-    for model in args.models:
-        for tasks in args.tasks:
-            seconds = measure(model, tasks, args.method, args.rounds, device)
-            results.append({"model": model, "tasks": tasks, "seconds": seconds})
-            print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    content = {"machine": machine(device), "method": args.method, "rounds": args.rounds, "results": results}
+    content = run(args)
     if args.out:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{args.out}.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(f"{content['machine']}\n\n{table(results)}\n")
-    for line in verdicts(results) or ["All bounds hold."]:
-        print(line)
+        write(args.out, content)
+    print(report(content))
 
 
 if __name__ == "__main__":

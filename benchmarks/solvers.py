@@ -17,7 +17,6 @@ programs take of a shared one does not count. ``floor`` is what the cheapest tor
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from torchjd import aggregation
 
-from benchmarks.overhead import RESULTS, machine
+from benchmarks.record import machine, write
 from gradsurgery.methods.pcgrad import draw_orders, pcgrad
 from gradsurgery.solvers import cagrad_multipliers, dual_cone, dual_projection, fair, min_norm, nash
 
@@ -171,8 +170,7 @@ def main() -> None:
     results = [{"tasks": T, "microseconds": measure(T, args.rounds, args.seconds, args.cold)} for T in args.tasks]
     content = {"machine": machine(torch.device("cpu")) | {"cvxpy": cp.__version__}, "results": results}
     if args.out:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{args.out}.json").write_text(json.dumps(content, indent=1) + "\n")
+        write(args.out, content)
     print(f"{content['machine']}\n\n{table(results)}")
 
 
