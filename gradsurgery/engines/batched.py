@@ -10,6 +10,7 @@ from gradsurgery.engines.check import Checked
 from gradsurgery.engines.cut import Cut, cut
 from gradsurgery.engines.engine import Batch, Measurement
 from gradsurgery.engines.flow import flow
+from gradsurgery.engines.graph import Graph
 from gradsurgery.engines.rows import Rows
 from gradsurgery.engines.sequential import Sequential
 
@@ -17,8 +18,8 @@ from gradsurgery.engines.sequential import Sequential
 class Batched(Checked):
     """Heads are passed one by one, and the part that tasks share by all of them at once.
 
-    The first step is compared with `Sequential`, which takes over, with a warning, where vmap is wrong, fails, or has
-    no rule for an operator and would loop over it.
+    The first step, and now and then a later one, is compared with `Sequential`, which takes over, with a warning, where
+    vmap is wrong, fails, or has no rule for an operator and would loop over it.
 
     Args:
         chunk_size: tasks a pass, against memory; None: all of them.
@@ -36,8 +37,8 @@ class Batched(Checked):
             raise ValueError(f"chunk_size must be 1 task or more, or None for all at once; got {chunk_size}.")
         self.chunk_size = chunk_size
 
-    def _measure(self, batch: Batch, held: Measurement | None) -> Rows:
-        parts = cut(batch)
+    def _measure(self, batch: Batch, held: Measurement | None, graph: Graph) -> Rows:
+        parts = cut(batch, graph)
         rows = held if isinstance(held, Rows) else Rows(parts.T, batch.layout, self.name)
         wanted = {id(p) for p in (*batch.layout.params, *parts.foreign)}
         inside = [p for p in parts.trunk.leaves.values() if id(p) in wanted]

@@ -1,4 +1,7 @@
-"""An engine's first step beside plain backward passes, since vmap is wrong for some operators and fails for others.
+"""An engine beside plain backward passes, since vmap is wrong for some operators and fails for others.
+
+That is done at the first step, at every one that brings an operator which was not there before, and, since what passes
+a gate that starts at zero (or a hook that has not begun to clip) shows later, at steps 2, 4, 8 and so on.
 
 Gradients are compared by random projections, parameter by parameter: two vectors that differ have equal projections on
 a Gaussian one with probability 0, and nothing of the size of J is held.
@@ -10,13 +13,14 @@ import abc
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from gradsurgery.engines.engine import Batch, Engine, Measurement
-from gradsurgery.engines.graph import survey
+from gradsurgery.engines.graph import Graph, survey
 from gradsurgery.engines.layout import PerLayout
 
 # Largest differences of projections, as a share of the task's gradient, that are put down to rounding.
@@ -31,9 +35,18 @@ def project(n: int, rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([row.reshape(-1).double() @ direction.double() for row in rows])
 
 
+@dataclass
+class _Finding:
+    """Whether an engine is right about a model, as far as these operators go, and the steps that it has taken."""
+
+    right: bool
+    operators: set[str]
+    steps: int
+
+
 class Checked(Engine):
-    """An engine that compares itself with one backward pass a task before it is trusted with a model; where it is
-    wrong, or fails, the engine ``instead`` runs from then on.
+    """An engine that compares itself with one backward pass a task before it is trusted with a model, and now and then
+    after; where it is wrong, or fails, the engine ``instead`` runs from then on.
 
     Args:
         instead: what takes over.
@@ -42,11 +55,11 @@ class Checked(Engine):
 
     def __init__(self, instead: Engine, *, quiet: bool = False):
         self._instead, self._quiet = instead, quiet
-        self._trusted: PerLayout[bool] = PerLayout()
+        self._found: PerLayout[_Finding] = PerLayout()
 
     @abc.abstractmethod
-    def _measure(self, batch: Batch, held: Measurement | None) -> Measurement:
-        """`Engine.measure`, unchecked."""
+    def _measure(self, batch: Batch, held: Measurement | None, graph: Graph) -> Measurement:
+        """`Engine.measure`, unchecked, of losses whose graph has been surveyed."""
 
     @abc.abstractmethod
     def _fault(self, measured: Any, batch: Batch, expected: Tensor, tolerance: Tensor) -> str | None:
@@ -60,15 +73,26 @@ class Checked(Engine):
         """
 
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
-        if held is None and batch.layout not in self._trusted:
-            measured = self._first(batch)
-            if measured is not None:
-                return measured
-        trusted = self._trusted.get(batch.layout, False)
-        return self._measure(batch, held) if trusted else self._instead.measure(batch, held)
+        found = self._found.get(batch.layout)
+        if found is not None and not found.right:
+            return self._instead.measure(batch, held)
+        graph = survey(batch.losses.outputs)
+        operators = {node.name() for node in graph.next}
+        known = found is not None and operators <= found.operators
+        if held is None:
+            steps = 1 if found is None else found.steps + 1
+            if not known or steps & (steps - 1) == 0:
+                measured = self._check(batch, graph, operators)
+                if measured is not None:
+                    return measured
+            elif found is not None:
+                found.steps = steps
+        found = self._found.get(batch.layout)
+        right = known and found is not None and found.right
+        return self._measure(batch, held, graph) if right else self._instead.measure(batch, held)
 
-    def _first(self, batch: Batch) -> Measurement | None:
-        """A measurement that has been found right; None where there is none."""
+    def _check(self, batch: Batch, graph: Graph, operators: set[str]) -> Measurement | None:
+        """A measurement that has been found right; None where it is wrong, or nothing can be told."""
         expected = _expected(batch)
         scale = expected.square().sum(dim=1).sqrt()
         # What is wrong for some tasks may be right for a single one, or where gradients vanish.
@@ -76,11 +100,12 @@ class Checked(Engine):
             return None
         kept = dataclasses.replace(batch, retain=True)
         try:
-            measured = self._measure(kept, None)
-            fault = self._fault(measured, kept, expected, _tolerance(batch) * scale)
+            measured = self._measure(kept, None, graph)
+            fault = self._fault(measured, kept, expected, _tolerance(batch, operators) * scale)
         except Exception as error:
             measured, fault = None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        self._trusted[batch.layout] = fault is None
+        before = self._found.get(batch.layout, _Finding(True, set(), 0))
+        self._found[batch.layout] = _Finding(fault is None, before.operators | operators, before.steps + 1)
         if fault is None or self._quiet:
             return measured if fault is None else None
         warnings.warn(
@@ -102,8 +127,8 @@ def _expected(batch: Batch) -> Tensor:
     return torch.stack([sketch(task) for task in batch.losses.present])
 
 
-def _tolerance(batch: Batch) -> float:
+def _tolerance(batch: Batch, operators: set[str]) -> float:
     """Of the narrowest arithmetic in the graph; a cast there, autocast's perhaps, counts as half precision."""
-    if any(node.name() == "ToCopyBackward0" for node in survey(batch.losses.outputs).next):
+    if "ToCopyBackward0" in operators:
         return CAST
     return max(TOLERANCE.get(p.dtype, CAST) for p in batch.layout.params)
