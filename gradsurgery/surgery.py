@@ -225,10 +225,12 @@ class Surgery:
                     f"The losses sit on {losses.values.device} and the shared parameters on {layouts[0].device}; move "
                     "one to the other."
                 )
-            self._layouts, self._signature = layouts, signature
+            self._layouts, self._signature, self._solved = layouts, signature, None
 
     def _measure(self, batches: Sequence[TaskLosses], grad_scale: Tensor | None, engine: Engine) -> list[Measurement]:
         """Of the batch that moves the model, and of independent ones, of which heads learn nothing."""
+        # Its rows are about to be overwritten.
+        self._solved = None
         task_specific, held = self.parameters.task_specific(), self._held or [None] * len(batches)
         measured = []
         for n, (losses, rows) in enumerate(zip(batches, held, strict=True)):
@@ -319,7 +321,9 @@ class Surgery:
         else:
             split_backward(Batch(losses, self.layout, self.parameters.task_specific(), grad_scale), weights[0])
         if rows is not None and fresh:
-            self.rule.conflict((rows.cosines([p.grad for p in self.layout.params]) < CONFLICT).any())
+            with torch.autocast(losses.values.device.type, enabled=False):
+                cosines = rows.cosines([p.grad for p in self.layout.params])
+            self.rule.conflict((cosines < CONFLICT).any())
         return _info(losses, weights, None, {}, "weighted")
 
 

@@ -18,8 +18,8 @@ from gradsurgery.engines.sequential import Sequential
 class Batched(Checked):
     """Heads are passed one by one, and the part that tasks share by all of them at once.
 
-    The first step is compared with `Sequential`, which takes over, with a warning, where vmap is wrong, fails, or has
-    no rule for an operator and would loop over it.
+    The first step, and now and then a later one, is compared with `Sequential`, which takes over, with a warning, where
+    vmap is wrong, fails, or has no rule for an operator and would loop over it.
 
     Args:
         chunk_size: tasks a pass, against memory; None: all of them.
@@ -37,7 +37,7 @@ class Batched(Checked):
             raise ValueError(f"chunk_size must be 1 task or more, or None for all at once; got {chunk_size}.")
         self.chunk_size = chunk_size
 
-    def _measure(self, batch: Batch, graph: Graph, held: Measurement | None) -> Rows:
+    def _measure(self, batch: Batch, held: Measurement | None, graph: Graph) -> Rows:
         parts = cut(batch, graph)
         rows = held if isinstance(held, Rows) else Rows(parts.T, batch.layout, self.name)
         wanted = {id(p) for p in (*batch.layout.params, *parts.foreign)}

@@ -1,4 +1,7 @@
-"""An engine's first step beside plain backward passes, since vmap is wrong for some operators and fails for others.
+"""An engine beside plain backward passes, since vmap is wrong for some operators and fails for others.
+
+That is done at the first step, at every one that brings an operator which was not there before, and, since what passes
+a gate that starts at zero (or a hook that has not begun to clip) shows later, at steps 2, 4, 8 and so on.
 
 Gradients are compared by random projections, parameter by parameter: two vectors that differ have equal projections on
 a Gaussian one with probability 0, and nothing of the size of J is held.
@@ -10,6 +13,7 @@ import abc
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,10 +35,18 @@ def project(n: int, rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([row.reshape(-1).double() @ direction.double() for row in rows])
 
 
+@dataclass
+class _Finding:
+    """Whether an engine is right about a model, as far as these operators go, and the steps that it has taken."""
+
+    right: bool
+    operators: set[str]
+    steps: int
+
+
 class Checked(Engine):
-    """An engine that compares itself with one backward pass a task before it is trusted with a model, and again before
-    it is trusted with an operator that is new in its graph; where it is wrong, or fails, the engine ``instead`` runs
-    from then on.
+    """An engine that compares itself with one backward pass a task before it is trusted with a model or an operator,
+    and again in steps 2, 4, 8, ...; where it is wrong, or fails, the engine ``instead`` runs from then on.
 
     Args:
         instead: what takes over.
@@ -43,12 +55,11 @@ class Checked(Engine):
 
     def __init__(self, instead: Engine, *, quiet: bool = False):
         self._instead, self._quiet = instead, quiet
-        # The operators that have been compared; None once it has failed.
-        self._trusted: PerLayout[set[str] | None] = PerLayout()
+        self._found: PerLayout[_Finding] = PerLayout()
 
     @abc.abstractmethod
-    def _measure(self, batch: Batch, graph: Graph, held: Measurement | None) -> Measurement:
-        """`Engine.measure`, unchecked; ``graph`` is that of the losses."""
+    def _measure(self, batch: Batch, held: Measurement | None, graph: Graph) -> Measurement:
+        """`Engine.measure`, unchecked, of losses whose graph has been surveyed."""
 
     @abc.abstractmethod
     def _fault(self, measured: Any, batch: Batch, expected: Tensor, tolerance: Tensor) -> str | None:
@@ -62,18 +73,26 @@ class Checked(Engine):
         """
 
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
-        trusted = self._trusted.get(batch.layout, set())
-        if trusted is None:
+        found = self._found.get(batch.layout)
+        if found is not None and not found.right:
             return self._instead.measure(batch, held)
         graph = survey(batch.losses.outputs)
         operators = {node.name() for node in graph.next}
-        if operators <= trusted:
-            return self._measure(batch, graph, held)
-        measured = self._first(batch, graph, operators) if held is None else None
-        return self._instead.measure(batch, held) if measured is None else measured
+        known = found is not None and operators <= found.operators
+        if held is None:
+            steps = 1 if found is None else found.steps + 1
+            if not known or steps & (steps - 1) == 0:
+                measured = self._check(batch, graph, operators)
+                if measured is not None:
+                    return measured
+            elif found is not None:
+                found.steps = steps
+        found = self._found.get(batch.layout)
+        right = known and found is not None and found.right
+        return self._measure(batch, held, graph) if right else self._instead.measure(batch, held)
 
-    def _first(self, batch: Batch, graph: Graph, operators: set[str]) -> Measurement | None:
-        """A measurement that has been found right; None where there is none."""
+    def _check(self, batch: Batch, graph: Graph, operators: set[str]) -> Measurement | None:
+        """A measurement that has been found right; None where it is wrong, or nothing can be told."""
         # What is wrong for some tasks may be right for a single one, or where gradients vanish.
         enough = min(2, len(batch.losses.tasks))
         if len(batch.losses.present) < enough:
@@ -84,11 +103,12 @@ class Checked(Engine):
             return None
         kept = dataclasses.replace(batch, retain=True)
         try:
-            measured = self._measure(kept, graph, None)
+            measured = self._measure(kept, None, graph)
             fault = self._fault(measured, kept, expected, _tolerance(batch, operators) * scale)
         except Exception as error:
             measured, fault = None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        self._trusted[batch.layout] = None if fault else (self._trusted.get(batch.layout) or set()) | operators
+        before = self._found.get(batch.layout, _Finding(True, set(), 0))
+        self._found[batch.layout] = _Finding(fault is None, before.operators | operators, before.steps + 1)
         if fault is None or self._quiet:
             return measured if fault is None else None
         warnings.warn(

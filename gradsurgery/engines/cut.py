@@ -101,7 +101,8 @@ def cut(batch: Batch, graph: Graph | None = None, at: Sequence[Edge] | None = No
         elif id(p) in operated:
             direct.setdefault(p, {})[row[t]] = g
         else:
-            own[t][p] = g
+            # What passes a node may be memory of the graph, or of another gradient.
+            own[t][p] = g.clone()
     return Cut(
         len(losses.tasks),
         losses.present,
@@ -120,7 +121,8 @@ def common_part(graph: Graph) -> set[Node]:
 
 
 def _stack(rows: Mapping[int, Tensor], K: int) -> Tensor:
-    """(K, *shape), 0 where there is no row."""
+    """(K, *shape), dense, 0 where there is no row."""
+    rows = {k: g.to_dense() for k, g in rows.items()}
     if len(rows) == K:
         return torch.stack([rows[k] for k in range(K)])
     some = next(iter(rows.values()))
@@ -199,7 +201,15 @@ class _Heads:
         def watch(user: Node) -> Callable[[Sequence[Tensor | None], Any], None]:
             return lambda passed, _: add(user, passed, ends)
 
+        # A node that is passed anyway shows what arrives after the user's hooks; where the pass ends, that is what it
+        # returns.
+        came: dict[Node, Sequence[Tensor | None]] = {}
+
+        def note(user: Node) -> Callable[[Sequence[Tensor | None]], None]:
+            return lambda arriving: came.update({user: arriving})
+
         handles = [user.register_hook(watch(user)) for user in dict.fromkeys(u for end in ends for u in users[end])]
+        handles += [user.register_prehook(note(user)) for user in last]
         try:
             gradients = self._differentiate(tasks, [*leaves, *ends, *arriving], retain=bool(last))
         finally:
@@ -207,11 +217,11 @@ class _Heads:
                 handle.remove()
         for edge, g in zip(leaves, gradients, strict=False):
             if g is not None:
-                found[task_of(edge[0]), edge] = g.clone()
+                found[task_of(edge[0]), edge] = g
         at = dict(zip(arriving, gradients[len(leaves) + len(ends) :], strict=True))
         for user in last:
-            passed: Any = user(*(at[user, nr] for nr in range(len(user._input_metadata))))  # pyright: ignore
-            add(user, passed if isinstance(passed, tuple) else (passed,), self._tainted)
+            ended = [at[user, nr] for nr in range(len(user._input_metadata))]
+            add(user, _apply(user, came.get(user, ended)), self._tainted)
 
     def _differentiate(self, tasks: Sequence[int], targets: Sequence[Edge], *, retain: bool) -> list[Tensor | None]:
         if not targets:
@@ -222,6 +232,13 @@ class _Heads:
         kept = retain or self._batch.retain or not self._apart
         found = torch.autograd.grad(outputs, inputs, seeds, retain_graph=kept, allow_unused=True)  # pyright: ignore
         return [None if g is None else g.to_dense() for g in found]
+
+
+def _apply(node: Node, arriving: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What a node passes on. A pass would have no graph of it, and so must this call."""
+    with torch.no_grad():
+        passed: Any = node(*arriving)  # pyright: ignore[reportCallIssue]
+    return passed if isinstance(passed, tuple) else (passed,)
 
 
 def _tainted(trunk: Graph, entries: Iterable[Edge]) -> set[Edge]:

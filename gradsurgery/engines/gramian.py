@@ -39,7 +39,8 @@ class Gramian(Checked):
     they are never formed. Heads are passed once. Rows are formed a second time, instead of the last backward, for
     methods that work column by column and for several blocks.
 
-    The first step is compared with `Sequential`, which takes over, with a warning, where vmap is wrong or fails.
+    The first step, and now and then a later one, is compared with `Sequential`, which takes over, with a warning, where
+    vmap is wrong or fails.
 
     Args:
         quiet: no warning where `Sequential` takes over, and it does so too where vmap would loop over an operator.
@@ -59,7 +60,7 @@ class Gramian(Checked):
                 "'batched'."
             )
 
-    def _measure(self, batch: Batch, graph: Graph, held: Measurement | None) -> Streamed:
+    def _measure(self, batch: Batch, held: Measurement | None, graph: Graph) -> Streamed:
         return Streamed(cut(batch, graph), batch.layout, retain=batch.retain, fallback=not self._quiet)
 
     def _fault(self, measured: Streamed, batch: Batch, expected: Tensor, tolerance: Tensor) -> str | None:
@@ -109,11 +110,12 @@ class Streamed(Measurement):
     def write(self, weights: Tensor, head_weights: Tensor | None, of: RowMap | None = None) -> None:
         assert of is None
         self._cut.write_heads(head_weights)
-        if len(weights) == 1:
+        # A hook that clips makes of the sum of gradients something else than of each.
+        if len(weights) == 1 and not any(p._backward_hooks for p in self._layout.params):
             self._cut.pull(self._cut.weighted(weights[0]), self._layout.params, retain=self._retain)
         else:
             w = [self._cut.weighted(weight) for weight in weights]
-            self._write_rows(lambda n, rows: w[self._layout.block_of[n]](rows))
+            self._write_rows(lambda n, rows: w[self._layout.block_of[n] if len(w) > 1 else 0](rows))
 
     def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
         def direct(n: int, rows: Tensor) -> Tensor:

@@ -135,6 +135,8 @@ class Rows(Measurement):
             if own and head_weights is not None:
                 torch._foreach_mul_(list(own.values()), head_weights[task])
             accumulate(own.items())
+        # Given away, and not to be kept alive by these rows.
+        self._own, self._spare = [{} for _ in self._own], [None] * len(self._layout.params)
 
 
 def _copy(views: Sequence[Tensor], gradients: Gradients) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from gradsurgery import kernels
 
@@ -86,10 +85,11 @@ def gramian_rule(
     return register
 
 
-def rule_of(node: Node, K: int) -> LayerRule | None:
+def rule_of(node: Any, K: int) -> LayerRule | None:
     """The rule of a node, if it holds there and costs less than K weight gradients and their Gramian."""
     rule = RULES.get(node.name())
-    if rule is None or not rule.takes(node):
+    # A real weight that was cast keeps the real part of its complex gradient.
+    if rule is None or node._input_metadata[0].dtype.is_complex or not rule.takes(node):
         return None
     formed, elements, ruled = rule.costs(node, K)
     return rule if ruled < K * (formed + K * elements) else None
