@@ -196,8 +196,9 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[torch.Tensor] = []
     plain = memory.peak(Step(lambda: None), CPU)
-    more = memory.peak(Step(lambda: held.append(torch.ones(4 << 20))), CPU) - plain
-    assert 24 << 20 < more < 48 << 20
+    # Blocks of 64 MiB: the allocator always asks the system for those, whatever was freed before.
+    more = memory.peak(Step(lambda: held.append(torch.ones(16 << 20))), CPU) - plain
+    assert 96 << 20 < more < 192 << 20
     found = memory.above("tiny", 2, "sequential", "upgrad", CPU)
     assert found.keys() == {"multiples"}
     monkeypatch.setitem(CONTENDERS, "sequential", refuses)
