@@ -24,7 +24,7 @@ from gradsurgery.parameters import base_parameters
 from gradsurgery.registry import ColumnMethod
 from gradsurgery.rule import Memory, Rule, Solution
 from gradsurgery.stats import Needs, StepInfo
-from gradsurgery.surgery import Surgery
+from gradsurgery.surgery import Surgery, step_info
 
 Gradients = Sequence[Tensor | None]
 _R = TypeVar("_R")
@@ -150,7 +150,7 @@ class CompiledBackward:
         """Learns from an eager forward which tasks there are, and what their losses reach."""
         with _undone(self._model), torch.enable_grad():
             read = read_losses(self._losses(self._model, *args, **kwargs), surgery.rule.tasks)
-        surgery._prepare(read)
+        surgery.prepare(read)
         return TaskLosses(
             read.tasks, tuple(None if o is None else read.values[t] for t, o in enumerate(read.outputs)), read.values
         )
@@ -210,9 +210,9 @@ class _Program:
             rule.accept(traced.solution, list(self._present))
             weights = traced.solution.weights
         _accumulate([*self.layout.params, *self._own], [*traced.shared, *traced.own])
-        extra = dict(traced.solution.diagnostics) if traced.solution is not None else {}
-        residual = extra.pop("residual", None)
-        return StepInfo(self.tasks, traced.values, weights, traced.gramian, residual, "compiled", extra)
+        losses = TaskLosses(self.tasks, self._read.outputs, traced.values)
+        diagnostics = {} if traced.solution is None else traced.solution.diagnostics
+        return step_info(losses, weights, traced.gramian, diagnostics, "compiled")
 
     def _memory(self, rule: Rule) -> Memory:
         """The rule's, with what stands for weights before the first solve: None would be a graph of its own."""
@@ -293,7 +293,7 @@ class _Program:
         else:
             gramian = kernels.gramian(rows, self.layout.bounds)
             solution = self._solution(memory, losses, gramian, numbers)
-            head_weights = self._surgery._head_weights(solution.weights, gramian, solution.diagnostics)
+            head_weights = self._surgery.head_weights(solution.weights, gramian, solution.diagnostics)
             direction = kernels.combine(solution.weights, rows, self.layout.bounds)
         shared, offset = [], 0
         for n, place in enumerate(self._places):

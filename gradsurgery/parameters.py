@@ -8,7 +8,8 @@ from torch.autograd.graph import Node
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from gradsurgery.losses import Output, TaskLosses, accumulates, node_of
+from gradsurgery.graph import survey
+from gradsurgery.losses import Output, TaskLosses, node_of
 
 Blocks: TypeAlias = Literal["model", "tensor", "module"] | Sequence[Sequence[Tensor]]
 SharedParams: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -112,7 +113,7 @@ class Parameters:
                 f"Shared parameters are found from the first batch, in which {', '.join(map(repr, absent))} is absent. "
                 "Pass shared_params, or start with a batch that has every task."
             )
-        reached = {t: leaves(losses.outputs[t]) for t in new}
+        reached = {t: {id(p): p for p in survey([losses.outputs[t]]).leaves.values()} for t in new}
         if self._named is None and self._found is None:
             _check_separate([losses.outputs[t] for t in new])
             self._found = self._find([reached[t] for t in new])
@@ -204,25 +205,6 @@ class Parameters:
         if len(listed) != len(covered):
             raise ValueError("A shared parameter is in two blocks; list each exactly once.")
         return [block for block in blocks if block]
-
-
-def leaves(output: Output | None) -> dict[int, Tensor]:
-    """The leaf tensors that a loss's graph reaches, by id."""
-    root = node_of(output)
-    if root is None:
-        return {id(output): output} if isinstance(output, Tensor) else {}
-    found: dict[int, Tensor] = {}
-    seen: set[Node] = {root}
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        if accumulates(node):
-            found[id(node.variable)] = node.variable  # pyright: ignore[reportAttributeAccessIssue]
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return found
 
 
 def base_parameters(base_opt: Optimizer) -> list[Tensor]:

@@ -75,7 +75,8 @@ class StepInfo:
             own gradients (a method that needs only losses, columns, other batches or tracked rows, or a step between
             two solves of ``update_every``).
         residual: (B,) float64, relative optimality residual that the solver reached; None for closed forms.
-        engine: name of the engine that ran, or ``"weighted"`` for one ordinary backward of the weighted sum.
+        engine: name of the engine that ran, ``"weighted"`` for one ordinary backward of the weighted sum, or
+            ``"compiled"``.
         diagnostics: whatever else the method reports, by name.
     """
 

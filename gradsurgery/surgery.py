@@ -76,7 +76,7 @@ class Surgery:
         grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
         gradients = self.rule.method.needs is not Needs.LOSSES
         if self.holding or gradients or self.rule.heads == "unweighted":
-            self._prepare(read)
+            self.prepare(read)
         self.rule.start(read.tasks, self.layout.blocks if self._layouts else 1, read.values.device)
         before = self.rule.snapshot()
         try:
@@ -143,7 +143,7 @@ class Surgery:
                 self.info = self._apply(self._held_losses, self._held, self._held_scale)
             elif self._held_weights is not None:
                 self.rule.cached()
-                self.info = _info(self._held_losses, self._held_weights, None, {}, "weighted")
+                self.info = step_info(self._held_losses, self._held_weights, None, {}, "weighted")
 
     def drop(self) -> None:
         """Forgets the rows held."""
@@ -206,7 +206,7 @@ class Surgery:
             raise ValueError("A task that is absent from one of the batches must be absent from all three.")
         return samples
 
-    def _prepare(self, losses: TaskLosses) -> None:
+    def prepare(self, losses: TaskLosses) -> None:
         """Finds the shared parameters, and lays them out anew where they have changed."""
         self.parameters.trace(losses)
         signature = tuple((id(p), p.dtype, p.device, p.shape, p.stride()) for p in self.parameters.shared)
@@ -273,8 +273,8 @@ class Surgery:
         if grad_scale is not None:
             gramian, cross = (None if G is None else G / grad_scale.double() ** 2 for G in (gramian, cross))
         weights, diagnostics = self.rule.solve(losses, gramian, cross)
-        batch.write(weights, self._head_weights(weights, gramian, diagnostics))
-        return _info(losses, weights, gramian, diagnostics, name)
+        batch.write(weights, self.head_weights(weights, gramian, diagnostics))
+        return step_info(losses, weights, gramian, diagnostics, name)
 
     def _track(
         self, losses: TaskLosses, measured: Measurement, method: TrackedMethod, grad_scale: Tensor | None
@@ -291,10 +291,10 @@ class Surgery:
         weights, diagnostics = self.rule.solve(losses, gramian)
         finite, gradients = weights.isfinite().all(), method.acts_on == "gradients"
         rows = self._tracked.committed(track, grad_scale, finite, gradients=gradients)
-        measured.write(weights, self._head_weights(weights, gramian, diagnostics), rows)
-        return _info(losses, weights, None, diagnostics, measured.engine)
+        measured.write(weights, self.head_weights(weights, gramian, diagnostics), rows)
+        return step_info(losses, weights, None, diagnostics, measured.engine)
 
-    def _head_weights(self, weights: Tensor, gramian: Tensor | None, diagnostics: dict[str, Tensor]) -> Tensor | None:
+    def head_weights(self, weights: Tensor, gramian: Tensor | None, diagnostics: dict[str, Tensor]) -> Tensor | None:
         """(T,) of the task-specific parameters: the method's own, or the mean over the blocks that the losses reach;
         None leaves them raw."""
         own = diagnostics.pop("head_weights", None)
@@ -324,12 +324,13 @@ class Surgery:
             with torch.autocast(losses.values.device.type, enabled=False):
                 cosines = rows.cosines([p.grad for p in self.layout.params])
             self.rule.conflict((cosines < CONFLICT).any())
-        return _info(losses, weights, None, {}, "weighted")
+        return step_info(losses, weights, None, {}, "weighted")
 
 
-def _info(
-    losses: TaskLosses, weights: Tensor, gramian: Tensor | None, diagnostics: Mapping[str, Tensor], engine: str
+def step_info(
+    losses: TaskLosses, weights: Tensor | None, gramian: Tensor | None, diagnostics: Mapping[str, Tensor], engine: str
 ) -> StepInfo:
+    """What came of a step, with the residual taken out of the method's diagnostics."""
     extra = dict(diagnostics)
     return StepInfo(losses.tasks, losses.values, weights, gramian, extra.pop("residual", None), engine, extra)
 

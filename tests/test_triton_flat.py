@@ -1,6 +1,5 @@
 """The kernels over flat gradients against float64 and the torch bodies: interpreted anywhere, and on a device."""
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import answers
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -98,24 +98,7 @@ UNCLEAN = unclean()
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the kernels make of every case."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    folder = tmp_path_factory.mktemp("triton")
-    problems = {**CASES, **UNCLEAN}
-    labels = list(problems)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    workers = []
-    for n in range(2):
-        torch.save([problems[label] for label in labels[n::2]], folder / f"problems{n}.pt")
-        files = [str(folder / f"{kind}{n}.pt") for kind in ("problems", "answers")]
-        command = [sys.executable, "-W", "ignore::RuntimeWarning", str(ROOT / "tests" / "triton_worker.py"), *files]
-        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [worker.communicate()[1] for worker in workers]
-    assert not any(worker.returncode for worker in workers), "".join(errors)
-    answers = {}
-    for n in range(2):
-        answers |= zip(labels[n::2], torch.load(folder / f"answers{n}.pt"), strict=True)
-    return answers
+    return answers({**CASES, **UNCLEAN}, tmp_path_factory.mktemp("triton"))
 
 
 def torch_body(name: str, given: tuple[Any, ...]) -> Tensor:

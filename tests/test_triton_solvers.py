@@ -1,6 +1,5 @@
 """The Triton kernels against the CPU bodies: interpreted anywhere, and on the device where there is one."""
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interpreter import answers
 from models import independent
 from reference import matrices
 from torch import Tensor
@@ -124,26 +124,10 @@ def gradvac_problem() -> tuple[Tensor, Tensor, Tensor, float]:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the kernels make of every case."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    folder = tmp_path_factory.mktemp("triton")
     problems = {label: (name, given) for label, (name, _, given) in CASES.items()}
     problems |= {f"{name}-nan": (name, with_nan(name)) for name in NAN}
     problems["gradvac"] = ("gradvac", gradvac_problem())
-    labels = list(problems)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    workers = []
-    for n in range(2):
-        torch.save([problems[label] for label in labels[n::2]], folder / f"problems{n}.pt")
-        files = [str(folder / f"{kind}{n}.pt") for kind in ("problems", "answers")]
-        command = [sys.executable, "-W", "ignore::RuntimeWarning", str(ROOT / "tests" / "triton_worker.py"), *files]
-        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [worker.communicate()[1] for worker in workers]
-    assert not any(worker.returncode for worker in workers), "".join(errors)
-    answers = {}
-    for n in range(2):
-        answers |= zip(labels[n::2], torch.load(folder / f"answers{n}.pt"), strict=True)
-    return answers
+    return answers(problems, tmp_path_factory.mktemp("triton"))
 
 
 def check(name: str, J: Tensor, given: tuple[Any, ...], answer: Any) -> None:

@@ -22,10 +22,10 @@ from gradsurgery.engines.batched import Batched
 from gradsurgery.engines.cut import common_part
 from gradsurgery.engines.engine import Batch, Engine, Measurement
 from gradsurgery.engines.gramian import Gramian
-from gradsurgery.engines.graph import survey
 from gradsurgery.engines.layout import PerLayout
-from gradsurgery.engines.rules import RULES
+from gradsurgery.engines.rules import rule_of
 from gradsurgery.engines.sequential import Sequential
+from gradsurgery.graph import survey
 
 # Multiply-adds: of one element's way to memory, of what a change of engine must save, and of a layer that takes longer
 # to launch than to run.
@@ -60,8 +60,8 @@ class Auto(Engine):
         K = len(batch.losses.present)
         by_rows, by_layer, layers, flops = 0.0, 0.0, 0, 0.0
         for node in common_part(survey(batch.losses.outputs)):
-            rule = RULES.get(node.name())
-            if rule is None or not rule.takes(node):
+            rule = rule_of(node)
+            if rule is None:
                 continue
             F, n, ruled = rule.costs(node, K)
             by_rows += K * (2 * F + 3 * n * TRAFFIC)

@@ -10,9 +10,9 @@ from gradsurgery.engines.check import Checked
 from gradsurgery.engines.cut import Cut, cut
 from gradsurgery.engines.engine import Batch, Measurement
 from gradsurgery.engines.flow import flow
-from gradsurgery.engines.graph import Graph
 from gradsurgery.engines.rows import Rows
 from gradsurgery.engines.sequential import Sequential
+from gradsurgery.graph import Graph
 
 
 class Batched(Checked):

@@ -20,8 +20,8 @@ import torch
 from torch import Generator, Tensor
 
 from gradsurgery.engines.engine import Batch, Engine, Measurement
-from gradsurgery.engines.graph import Graph, survey
 from gradsurgery.engines.layout import PerLayout
+from gradsurgery.graph import Graph, survey
 
 # Largest differences of projections, as a share of the task's gradient, that are put down to rounding.
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}

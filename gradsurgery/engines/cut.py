@@ -6,7 +6,8 @@ the edges at which gradients enter it, and a gradient a task at each of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from gradsurgery.engines.engine import Batch, accumulate
-from gradsurgery.engines.graph import Edge, Graph, spread_bits, survey
+from gradsurgery import kernels
+from gradsurgery.engines.engine import Batch, accumulate, flat, spread, write_own
+from gradsurgery.graph import Edge, Graph, spread_bits, survey
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,18 @@ class Cut:
     def weighted(self, weights: Tensor) -> Callable[[Tensor], Tensor]:
         """Gradients (K, *shape) -> their weighted sum, for weights (T,)."""
         w = torch.stack([weights[t] for t in self.present])
-        return lambda rows: combine(w, rows)
+        return lambda rows: kernels.combine_block(w, flat(rows)).reshape(rows.shape[1:])
+
+    def by_columns(self, columns: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Gradients (K, *shape) -> what a rule for columns (T, n) makes of them."""
+        return lambda rows: columns(spread(flat(rows), self.present, self.T)).reshape(rows.shape[1:])
 
     def write_heads(self, head_weights: Tensor | None) -> None:
         """The task-specific parameters' gradients into ``.grad``, weighted (T,) or raw; the graph outlives it."""
-        for task, own in enumerate(self.own):
-            if own and head_weights is not None:
-                torch._foreach_mul_(list(own.values()), head_weights[task])
-            accumulate(own.items())
+        write_own(self.own, head_weights)
         if self.foreign:
             ones = torch.ones(self.T, device=self.foreign[0].device)
             self.pull(self.weighted(ones if head_weights is None else head_weights), self.foreign, retain=True)
-
-
-def combine(weights: Tensor, rows: Tensor) -> Tensor:
-    """Rows (K, *shape), weighted (K,) and summed, in float32 at least."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return torch.tensordot(weights.to(wide), rows.to(wide), dims=1).to(rows.dtype)
 
 
 def cut(batch: Batch, graph: Graph | None = None, at: Sequence[Edge] | None = None) -> Cut:
@@ -180,48 +177,22 @@ class _Heads:
 
     def _pass(self, tasks: Sequence[int], found: dict[tuple[int, Edge], Tensor]) -> None:
         """One backward of some tasks' losses; what each adds at an edge is seen as it leaves that task's own part."""
-        mask = sum(1 << t for t in tasks)
-        nodes = {node for node in self._nodes if self._graph.tasks[node] & mask}
-        users = {edge: [user for user in users if user in nodes] for edge, users in self._users.items()}
+        passing = _Passing(self._graph.tasks, sum(1 << t for t in tasks), found)
+        nodes = [node for node in self._nodes if passing.concerns(node)]
+        users = {edge: [user for user in users if passing.concerns(user)] for edge, users in self._users.items()}
         leaves = [(node, 0) for node in nodes if node in self._graph.leaves and self._wants(node)]
         ends = [edge for edge in users if users[edge] and edge not in self._tainted]
         last = dict.fromkeys(user for edge in self._tainted for user in users[edge])
         arriving = [(user, nr) for user in last for nr in range(len(user._input_metadata))]
-
-        def task_of(node: Node) -> int:
-            return (self._graph.tasks[node] & mask).bit_length() - 1
-
-        def add(user: Node, passed: Sequence[Tensor | None], edges: Iterable[Edge]) -> None:
-            wanted, t = set(edges), task_of(user)
-            for (target, nr), g in zip(user.next_functions, passed, strict=True):
-                if target is not None and g is not None and (target, nr) in wanted:
-                    key = (t, (target, nr))
-                    found[key] = found[key] + g if key in found else g
-
-        def watch(user: Node) -> Callable[[Sequence[Tensor | None], Any], None]:
-            return lambda passed, _: add(user, passed, ends)
-
-        # A node that is passed anyway shows what arrives after the user's hooks; where the pass ends, that is what it
-        # returns.
-        came: dict[Node, Sequence[Tensor | None]] = {}
-
-        def note(user: Node) -> Callable[[Sequence[Tensor | None]], None]:
-            return lambda arriving: came.update({user: arriving})
-
-        handles = [user.register_hook(watch(user)) for user in dict.fromkeys(u for end in ends for u in users[end])]
-        handles += [user.register_prehook(note(user)) for user in last]
-        try:
+        with passing.watched(dict.fromkeys(u for end in ends for u in users[end]), ends, last) as came:
             gradients = self._differentiate(tasks, [*leaves, *ends, *arriving], retain=bool(last))
-        finally:
-            for handle in handles:
-                handle.remove()
         for edge, g in zip(leaves, gradients, strict=False):
             if g is not None:
-                found[task_of(edge[0]), edge] = g
+                found[passing.task_of(edge[0]), edge] = g
         at = dict(zip(arriving, gradients[len(leaves) + len(ends) :], strict=True))
         for user in last:
             ended = [at[user, nr] for nr in range(len(user._input_metadata))]
-            add(user, _apply(user, came.get(user, ended)), self._tainted)
+            passing.add(user, _apply(user, came.get(user, ended)), self._tainted)
 
     def _differentiate(self, tasks: Sequence[int], targets: Sequence[Edge], *, retain: bool) -> list[Tensor | None]:
         if not targets:
@@ -232,6 +203,57 @@ class _Heads:
         kept = retain or self._batch.retain or not self._apart
         found = torch.autograd.grad(outputs, inputs, seeds, retain_graph=kept, allow_unused=True)  # pyright: ignore
         return [None if g is None else g.to_dense() for g in found]
+
+
+class _Passing:
+    """What leaves tasks' own parts in one backward.
+
+    Args:
+        tasks: of every node, by bits.
+        mask: those that the backward is of.
+        found: by task and edge, what is added to.
+    """
+
+    def __init__(self, tasks: Mapping[Node, int], mask: int, found: dict[tuple[int, Edge], Tensor]):
+        self._tasks, self._mask, self._found = tasks, mask, found
+
+    def concerns(self, node: Node) -> bool:
+        """Whether one of the tasks reaches it."""
+        return bool(self._tasks[node] & self._mask)
+
+    def task_of(self, node: Node) -> int:
+        """The one that does."""
+        return (self._tasks[node] & self._mask).bit_length() - 1
+
+    def add(self, user: Node, passed: Sequence[Tensor | None], edges: Iterable[Edge]) -> None:
+        """Adds what a node passes on, where it goes to one of these edges."""
+        wanted, t = set(edges), self.task_of(user)
+        for (target, nr), g in zip(user.next_functions, passed, strict=True):
+            if target is not None and g is not None and (target, nr) in wanted:
+                key = (t, (target, nr))
+                self._found[key] = self._found[key] + g if key in self._found else g
+
+    @contextlib.contextmanager
+    def watched(
+        self, users: Iterable[Node], ends: Sequence[Edge], last: Iterable[Node]
+    ) -> Iterator[dict[Node, Sequence[Tensor | None]]]:
+        """Inside, what ``users`` pass on to ``ends`` is added. Of ``last`` it yields what arrives after the user's
+        hooks, of those that are passed; where the pass ends, that is what it returns."""
+        came: dict[Node, Sequence[Tensor | None]] = {}
+
+        def watch(user: Node) -> Callable[[Sequence[Tensor | None], Any], None]:
+            return lambda passed, _: self.add(user, passed, ends)
+
+        def note(user: Node) -> Callable[[Sequence[Tensor | None]], None]:
+            return lambda arriving: came.update({user: arriving})
+
+        handles = [user.register_hook(watch(user)) for user in users]
+        handles += [user.register_prehook(note(user)) for user in last]
+        try:
+            yield came
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _apply(node: Node, arriving: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

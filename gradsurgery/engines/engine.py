@@ -139,6 +139,19 @@ def accumulate(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         p.grad = g if p.grad is None else add(p.grad, g)
 
 
+def write_own(own: Sequence[dict[Tensor, Tensor]], head_weights: Tensor | None) -> None:
+    """Adds each task's gradients of its own parameters to their ``.grad``, weighted (T,) in place, or raw."""
+    for task, gradients in enumerate(own):
+        if gradients and head_weights is not None:
+            torch._foreach_mul_(list(gradients.values()), head_weights[task])
+        accumulate(gradients.items())
+
+
+def flat(rows: Tensor) -> Tensor:
+    """Gradients (K, *shape) as rows (K, n)."""
+    return rows.reshape(len(rows), -1)
+
+
 def spread(rows: Tensor, present: Sequence[int], T: int, axes: Sequence[int] = (0,)) -> Tensor:
     """Axes over K present tasks -> over all T, 0 for the absent ones."""
     if len(present) == T:

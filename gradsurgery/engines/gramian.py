@@ -15,12 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from gradsurgery import kernels
 from gradsurgery.engines.check import Checked, project
 from gradsurgery.engines.cut import Cut, cut
-from gradsurgery.engines.engine import Batch, Measurement, RowMap, accumulate, spread
+from gradsurgery.engines.engine import Batch, Measurement, RowMap, accumulate, flat, spread
 from gradsurgery.engines.flow import flow, tap
-from gradsurgery.engines.graph import Graph
 from gradsurgery.engines.layout import Layout
-from gradsurgery.engines.rules import LayerRule, rule_of
+from gradsurgery.engines.rules import LayerRule, cheaper_rule_of
 from gradsurgery.engines.sequential import Sequential
+from gradsurgery.graph import Graph
 from gradsurgery.stats import Needs
 
 # What is to be done with the rows (K, *shape) of the layout's parameter n.
@@ -118,11 +118,9 @@ class Streamed(Measurement):
             self._write_rows(lambda n, rows: w[self._layout.block_of[n] if len(w) > 1 else 0](rows))
 
     def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
-        def direct(n: int, rows: Tensor) -> Tensor:
-            return columns(spread(_flat(rows), self._cut.present, self._cut.T)).reshape(rows.shape[1:])
-
+        direct = self._cut.by_columns(columns)
         self._cut.write_heads(None)
-        self._write_rows(direct)
+        self._write_rows(lambda n, rows: direct(rows))
 
     def _write_rows(self, direct: Callable[[int, Tensor], Tensor]) -> None:
         directions: dict[int, Tensor] = {}
@@ -142,11 +140,11 @@ class Streamed(Measurement):
         def visit(n: int, rows: Tensor) -> None:
             if watch is not None:
                 watch(n, rows)
-            flat = _flat(rows)
-            if flat.shape[1] < SMALL:
-                small.setdefault(blocks[n], []).append(flat.to(self._layout.dtype, copy=True))
+            rows = flat(rows)
+            if rows.shape[1] < SMALL:
+                small.setdefault(blocks[n], []).append(rows.to(self._layout.dtype, copy=True))
             else:
-                total[blocks[n]] += kernels.block_gramian(flat)
+                total[blocks[n]] += kernels.block_gramian(rows)
 
         def apply(site: Site, D: Tensor) -> None:
             total[blocks[site.weight]] += site.rule.gramian(site.node, D)
@@ -240,10 +238,6 @@ class Streamed(Measurement):
         return show
 
 
-def _flat(rows: Tensor) -> Tensor:
-    return rows.reshape(len(rows), -1)
-
-
 def plan(trunk: Graph, formed: Sequence[Tensor], sites: Sequence[Site]) -> tuple[list[Site], list[Site]]:
     """The sites that a backward to ``formed`` and to the others passes, and those others, at which it ends."""
     wanted, by_node = {id(p) for p in formed}, {site.node: site for site in sites}
@@ -278,7 +272,7 @@ def find_sites(parts: Cut, layout: Layout, place: dict[Tensor, int]) -> list[Sit
 
     sites = []
     for node in trunk.next:
-        rule = rule_of(node, len(parts.present))
+        rule = cheaper_rule_of(node, len(parts.present))
         weight = None if rule is None else parameter(node, rule.weight)
         if rule is not None and weight is not None:
             bias = None if rule.bias is None else parameter(node, rule.bias)

@@ -15,8 +15,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from gradsurgery import kernels
 from gradsurgery.engines.cut import Cut, cut
-from gradsurgery.engines.engine import Batch, Engine, Measurement, RowMap, spread
-from gradsurgery.engines.graph import Edge, Graph, survey
+from gradsurgery.engines.engine import Batch, Engine, Measurement, RowMap, flat, spread
+from gradsurgery.graph import Edge, Graph, survey
 from gradsurgery.stats import Needs
 
 Reduce = Literal["none", "sum"]
@@ -94,8 +94,7 @@ class AtRepresentation(Measurement):
         parts = self._cut
         summed = self._reduce == "sum"
         rows = [seed.sum(dim=1) if summed and seed.ndim > 1 else seed for seed in parts.seeds]
-        flat = [row.flatten(1) if row.ndim > 1 else row[:, None] for row in (*rows, *parts.direct.values())]
-        total = torch.stack([kernels.block_gramian(row) for row in flat]).sum(dim=0)
+        total = torch.stack([kernels.block_gramian(flat(row)) for row in (*rows, *parts.direct.values())]).sum(dim=0)
         return spread(total[None], parts.present, parts.T, axes=(1, 2))
 
     def cross_gramian(self, other: Measurement) -> Tensor:
@@ -107,11 +106,8 @@ class AtRepresentation(Measurement):
         self._cut.pull(self._cut.weighted(weights[0]), self._shared, retain=self._retain)
 
     def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
-        def direct(rows: Tensor) -> Tensor:
-            return columns(spread(rows.flatten(1), self._cut.present, self._cut.T)).reshape(rows.shape[1:])
-
         self._cut.write_heads(None)
-        self._cut.pull(direct, self._shared, retain=self._retain)
+        self._cut.pull(self._cut.by_columns(columns), self._shared, retain=self._retain)
 
 
 def _check_reach(graph: Graph, at: Sequence[Edge], batch: Batch) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurgery import kernels
 from gradsurgery.engines.check import project
-from gradsurgery.engines.engine import Measurement, RowMap, accumulate, add
+from gradsurgery.engines.engine import Measurement, RowMap, accumulate, add, write_own
 from gradsurgery.engines.layout import Layout, Piece
 
 Gradients = Sequence[Tensor | None]
@@ -131,10 +131,7 @@ class Rows(Measurement):
             span = slice(piece.first, piece.last)
             reached = zip(self._layout.params[span], views, self._reached[span], strict=True)
             accumulate([(p, view) for p, view, seen in reached if seen])
-        for task, own in enumerate(self._own):
-            if own and head_weights is not None:
-                torch._foreach_mul_(list(own.values()), head_weights[task])
-            accumulate(own.items())
+        write_own(self._own, head_weights)
         # Given away, and not to be kept alive by these rows.
         self._own, self._spare = [{} for _ in self._own], [None] * len(self._layout.params)
 

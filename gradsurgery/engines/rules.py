@@ -85,11 +85,19 @@ def gramian_rule(
     return register
 
 
-def rule_of(node: Any, K: int) -> LayerRule | None:
-    """The rule of a node, if it holds there and costs less than K weight gradients and their Gramian."""
+def rule_of(node: Any) -> LayerRule | None:
+    """The rule of a node, if it holds there."""
     rule = RULES.get(node.name())
     # A real weight that was cast keeps the real part of its complex gradient.
     if rule is None or node._input_metadata[0].dtype.is_complex or not rule.takes(node):
+        return None
+    return rule
+
+
+def cheaper_rule_of(node: Any, K: int) -> LayerRule | None:
+    """The same, if it costs less than K weight gradients and their Gramian."""
+    rule = rule_of(node)
+    if rule is None:
         return None
     formed, elements, ruled = rule.costs(node, K)
     return rule if ruled < K * (formed + K * elements) else None
