@@ -134,7 +134,10 @@ def _check_devices(tasks: tuple[str, ...], outputs: tuple[Output | None, ...]) -
         raise ValueError(f"The losses sit on different devices ({where}); move them to one with .to(device).")
 
 
+@torch.no_grad()
 def _values(outputs: tuple[Output | None, ...]) -> Tensor:
     tensors = [o for o in outputs if isinstance(o, Tensor)]
+    if len(tensors) == len(outputs) and all(not o.ndim and o.dtype == tensors[0].dtype for o in tensors):
+        return torch.stack(tensors).double()
     absent = torch.full((), torch.nan, dtype=torch.float64, device=tensors[0].device)
-    return torch.stack([o.detach().double().reshape(()) if isinstance(o, Tensor) else absent for o in outputs])
+    return torch.stack([o.double().reshape(()) if isinstance(o, Tensor) else absent for o in outputs])

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery.engines import Engine, Subset, make_engine
+from gradsurgery.engines.representation import Nested
 from gradsurgery.losses import Losses
 from gradsurgery.parameters import Blocks, Parameters, SharedParams, base_parameters
 from gradsurgery.registry import (
@@ -195,7 +196,7 @@ class MTLOptimizer(Optimizer):
         self,
         losses: Losses,
         *,
-        representation: Tensor | Sequence[Tensor] | None = None,
+        representation: Nested | None = None,
         scaler: torch.amp.GradScaler | None = None,
         independent: Sequence[Losses] | None = None,
     ) -> StepInfo:
@@ -204,8 +205,9 @@ class MTLOptimizer(Optimizer):
         Args:
             losses: one scalar a task, as a sequence, mapping or 1-D tensor; None, or a missing key, for a task that is
                 absent from this batch. The first call fixes the tasks.
-            representation: what the tasks share of the forward pass, a tensor or several: surgery on gradients with
-                respect to it, and one backward of what lies below (see `gradsurgery.engines.Representation`).
+            representation: what the tasks share of the forward pass, a tensor or several, in tuples, lists and mappings as
+                an architecture's ``representation(x)`` has them: surgery on gradients with respect to it, and one
+                backward of what lies below (see `gradsurgery.engines.Representation`).
             scaler: the AMP scaler. Losses are given unscaled; the method sees unscaled gradients, and ``.grad`` is left
                 scaled for ``scaler.step(optimizer)``.
             independent: for the methods that learn their weights from independent samples (``sdmgrad``, ``modo``): the
@@ -232,7 +234,7 @@ class MTLOptimizer(Optimizer):
         losses: Losses | Callable[[], Any] | None = None,
         *,
         closure: Callable[[], Any] | None = None,
-        representation: Tensor | Sequence[Tensor] | None = None,
+        representation: Nested | None = None,
         independent: Sequence[Losses] | None = None,
     ) -> Any:
         """One step of the base optimizer, after `backward` where losses are given.

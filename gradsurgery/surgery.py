@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradsurgery.engines import Auto, Batch, Engine, Measurement, Representation, Rows
 from gradsurgery.engines.layout import Layout
+from gradsurgery.engines.representation import Nested
 from gradsurgery.engines.scalar import split_backward, weighted_backward
 from gradsurgery.losses import Losses, TaskLosses, node_of, read_losses
 from gradsurgery.parameters import Parameters
@@ -66,7 +67,7 @@ class Surgery:
         losses: Losses,
         scaler: torch.amp.GradScaler | None,
         independent: Sequence[Losses] | None,
-        representation: Tensor | Sequence[Tensor] | None,
+        representation: Nested | None,
     ) -> StepInfo:
         """See `MTLOptimizer.backward`."""
         engine = self.engine if representation is None else self._at(representation)
@@ -97,7 +98,7 @@ class Surgery:
         """See `MTLOptimizer.observe`."""
         self.rule.observe(read_losses(losses, self.rule.tasks, graph=False))
 
-    def _at(self, representation: Tensor | Sequence[Tensor]) -> Engine:
+    def _at(self, representation: Nested) -> Engine:
         """The engine that operates at a representation."""
         if self.holding:
             raise RuntimeError("A representation belongs to one micro-batch: leave it out inside accumulate().")

@@ -110,7 +110,7 @@ def test_errors_name_the_tasks() -> None:
     with pytest.raises(ValueError, match="Unknown tasks"):
         model.task_parameters("c")
     with pytest.raises(ValueError, match="no entry for the tasks"):
-        model.decode({"a": model.representation(x)}, ["b"])
+        model.decode(model.representation({"a": x}), ["b"])
     with pytest.raises(ValueError, match="No task was asked for"):
         model({})
     with pytest.raises(ValueError, match="`decoders` is empty"):

@@ -7,7 +7,7 @@ multiply-adds each time that they are written or read.
     sequential   K (2 F + 3 n TRAFFIC)
     gramian      K F + min(rule, K F + K n TRAFFIC) + 2 F
 
-`Gramian` runs where that saves a quarter of the sum over layers, and `WORTH` at least; `Batched` where layers are so
+`Gramian` runs where that saves 15 % of the sum over layers, and `WORTH` at least; `Batched` where layers are so
 small (F under `LAUNCH` on average) that launching them costs more than their arithmetic, for `FEW` tasks or more, on
 the CPU; else `Sequential`. Where rows are wanted (methods that go by column, remember rows or compare batches;
 `accumulate`; several blocks), `Gramian` is out; where the chosen one does not pass its check, `Sequential` runs.
@@ -32,7 +32,7 @@ from gradsurgery.graph import survey
 TRAFFIC = 20
 WORTH = 1e8
 LAUNCH = 1 << 18
-FEW = 8
+FEW = 3
 
 
 class Auto(Engine):
@@ -68,7 +68,7 @@ class Auto(Engine):
             by_layer += K * F + min(ruled, K * F + K * n * TRAFFIC) + 2 * F
             layers, flops = layers + 1, flops + F
         single = batch.layout.blocks == 1 and not self._rows
-        if single and by_layer < 0.75 * by_rows and by_rows - by_layer > WORTH:
+        if single and by_layer < 0.85 * by_rows and by_rows - by_layer > WORTH:
             return self._gramian
         if batch.layout.device.type == "cpu" and K >= FEW and layers and flops / layers < LAUNCH:
             return self._batched

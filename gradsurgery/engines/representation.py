@@ -6,8 +6,8 @@ the heads begin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from gradsurgery.graph import Edge, Graph, survey
 from gradsurgery.stats import Needs
 
 Reduce = Literal["none", "sum"]
+
+Nested: TypeAlias = Tensor | Sequence["Nested"] | Mapping[str, "Nested"]
+"""Tensors in tuples, lists and mappings; those without a graph (inputs, say) are passed over."""
 
 
 class Representation(Engine):
@@ -51,15 +54,14 @@ class Representation(Engine):
         self.reduce: Reduce = reduce
         self.at = at
 
-    def given(self, representation: Tensor | Sequence[Tensor]) -> Representation:
+    def given(self, representation: Nested) -> Representation:
         """This engine, for a step whose z is known."""
-        tensors = [representation] if isinstance(representation, Tensor) else list(representation)
-        if not tensors or any(not isinstance(z, Tensor) or not z.requires_grad for z in tensors):
+        edges = [get_gradient_edge(z) for z in _tensors(representation) if z.requires_grad]
+        if not edges:
             raise ValueError(
-                "representation must be a tensor, or several, of the forward pass that led to the losses, with its "
-                "graph; got " + ("none." if not tensors else "one that is detached, or no tensor.")
+                "representation must hold a tensor, or several, of the forward pass that led to the losses, with its "
+                "graph; it has none that is not detached."
             )
-        edges = [get_gradient_edge(z) for z in tensors]
         return Representation(self.reduce, [(edge.node, edge.output_nr) for edge in edges])
 
     def refuse(self, needs: Needs, name: str, *, blocks: bool) -> None:
@@ -108,6 +110,18 @@ class AtRepresentation(Measurement):
     def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
         self._cut.write_heads(None)
         self._cut.pull(self._cut.by_columns(columns), self._shared, retain=self._retain)
+
+
+def _tensors(nested: Nested) -> Iterator[Tensor]:
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, Sequence | Mapping) and not isinstance(nested, str):
+        for inner in nested.values() if isinstance(nested, Mapping) else nested:
+            yield from _tensors(inner)
+    else:
+        raise TypeError(
+            f"representation must be a tensor, or tensors in tuples, lists and mappings; got a {type(nested).__name__}."
+        )
 
 
 def _check_reach(graph: Graph, at: Sequence[Edge], batch: Batch) -> None:

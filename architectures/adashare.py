@@ -1,0 +1,104 @@
+"""AdaShare: one network, of which each task learns the blocks to skip.
+
+Sun, Panda, Feris, Saenko, "AdaShare: Learning What To Share For Efficient Deep Multi-Task Learning", NeurIPS 2020,
+https://arxiv.org/abs/1911.12423, section 3: a select-or-skip decision for each block and task, drawn by the
+Gumbel-softmax (eq. 2), and two penalties, for few blocks (eq. 4) and for the same ones in early layers (eq. 5), which
+are the caller's to add. The first block of a stage may change shapes and always runs. The paper's two phases are the
+caller's too: train weights and policies, then `harden()` and train the weights.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradsurgery.architectures.architecture import Architecture, Part, decoders_of
+from gradsurgery.architectures.stages import Encoder, fresh_stages
+
+
+@final
+class AdaShare(Architecture):
+    """Every task's own way through one network's blocks.
+
+    A block f that is skipped with probability 1 - u gives `u f(h) + (1 - u) h`. Each task has a z of its own, from a
+    pass of its own.
+
+    Args:
+        encoder: staged, or one that `split_stages` cuts, of residual blocks.
+        decoders: task -> any module from the task's features to that task's prediction.
+        temperature: of the Gumbel-softmax, which `anneal` lowers.
+
+    Raises:
+        ValueError: stages of one block each, of which none can be skipped.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, encoder: Encoder, decoders: Mapping[str, nn.Module], *, temperature: float = 5.0) -> None:
+        super().__init__(decoders)
+        self.decoders = decoders_of("AdaShare", decoders)
+        (self.encoder,) = fresh_stages(encoder, 1)
+        blocks = sum(len(stage) - 1 for stage in self.encoder)
+        if not blocks:
+            raise ValueError("Every stage of this encoder is one block, which always runs: there is nothing to skip.")
+        self.logits = nn.ParameterDict({task: torch.zeros(blocks, 2) for task in decoders})
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
+
+    def anneal(self, factor: float = 0.965) -> None:
+        """Lowers the temperature by a factor, the authors' once an epoch."""
+        self.temperature.mul_(factor)
+
+    def policy(self, task: str) -> Tensor:
+        """(blocks,) probabilities that the task runs each block that can be skipped."""
+        return self.logits[task].softmax(-1)[:, 0]
+
+    def harden(self) -> None:
+        """Fixes every policy at its likeliest decisions."""
+        for logits in self.logits.values():
+            logits.requires_grad_(False)
+            logits.copy_(torch.where(F.one_hot(logits.argmax(-1), 2).bool(), 0.0, -torch.inf))
+
+    def features(self, x: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
+        return {task: self._way(x, task) for task in tasks}
+
+    def _way(self, x: Any, task: str) -> Tensor:
+        logits = self.logits[task]
+        if self.training:
+            runs = F.gumbel_softmax(logits, tau=self.temperature)[:, 0]  # pyright: ignore[reportArgumentType]
+        else:
+            runs = (logits[:, 0] >= logits[:, 1]).to(logits.dtype)
+        h, decisions = x, iter(runs)
+        for first, *rest in self.encoder:
+            h = first(h)
+            for block in rest:
+                u = next(decisions)
+                h = u * block(h) + (1 - u) * h
+        return h
+
+    def network(self, task: str) -> nn.Sequential:
+        """What a task runs at evaluation, with its decoder: the model's own modules, without the skipped blocks."""
+        decisions = iter((self.policy(task) >= 0.5).tolist())
+        blocks = [[first, *(block for block in rest if next(decisions))] for first, *rest in self.encoder]
+        return nn.Sequential(*(block for stage in blocks for block in stage), self.decoders[task])
+
+    def sparsity(self) -> Tensor:
+        """() `sum log u` over blocks and tasks, with u the probability that a block is run."""
+        return torch.stack([self.logits[task].log_softmax(-1)[:, 0].sum() for task in self.tasks]).sum()
+
+    def sharing(self) -> Tensor:
+        """() `sum (L - l) / L |u_l of one task - u_l of another|` over blocks l = 0, 1, ... and pairs of tasks."""
+        policies = [self.policy(task) for task in self.tasks]
+        L = len(policies[0])
+        weights = torch.arange(L, 0, -1, device=policies[0].device) / L
+        pairs = [(weights * (a - b).abs()).sum() for a, b in combinations(policies, 2)]
+        return torch.stack(pairs).sum() if pairs else policies[0].new_zeros(())
+
+    def predict(self, z: dict[str, Tensor], task: str) -> Tensor:
+        return self.decoders[task](z[task])
+
+    def task_parts(self, task: str) -> Iterable[Part]:
+        logits: Any = self.logits[task]
+        return logits, self.decoders[task]

@@ -1,0 +1,113 @@
+"""Gates over experts, as all mixtures of experts have them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery.architectures.stages import Stages, in_width_of, pool, split_stages
+
+
+class Mixture(NamedTuple):
+    """What tasks share in a mixture of experts.
+
+    Attributes:
+        experts: (E, B, ...), the outputs of the shared experts.
+        entered: what the experts were given.
+        pooled: (B, C), what gates read.
+    """
+
+    experts: Tensor
+    entered: Tensor
+    pooled: Tensor
+
+
+@final
+class Gate(nn.Module):
+    """`softmax(W h + b)` over E experts, of pooled features h (B, C)."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, experts)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, E), of which each row is on the simplex."""
+        return self.linear(pooled).softmax(-1)
+
+
+@final
+class Experts(nn.Module):
+    """Encoders side by side, behind stages that all of them share.
+
+    Args:
+        encoders: E of them, of which experts are the last stages where ``stem`` is not 0.
+        stem: how many first stages the experts share; more than 0 only for encoders that `split_stages` can cut.
+        gate_width: channels of what enters the experts; None reads it off.
+    """
+
+    def __init__(self, encoders: Sequence[nn.Module], stem: int, gate_width: int | None) -> None:
+        super().__init__()
+        if not encoders:
+            raise ValueError("A mixture of experts needs one shared expert at least.")
+        experts = [after_stem(encoder, stem) for encoder in encoders]
+        first = experts[0]
+        self.stem = split_stages(encoders[0]).part(0, stem) if stem else nn.Identity()
+        self.channel_dim = first.channel_dim if isinstance(first, Stages) else None
+        self.experts = nn.ModuleList(experts)
+        width = gate_width or (first.in_width if isinstance(first, Stages) else in_width_of(first))
+        if width is None:
+            raise ValueError(
+                f"Can't tell how many channels a {type(encoders[0]).__name__} takes, which gates must know: pass "
+                "gate_width=."
+            )
+        self.gate_width: int = width
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What experts are given, and (B, C) what gates read of it."""
+        h = self.stem(x)
+        dim = self.channel_dim
+        pooled = pool(h, (1 if h.ndim == 4 else -1) if dim is None else dim)
+        if pooled.shape[1] != self.gate_width:
+            raise ValueError(
+                f"Gates were made for {self.gate_width} channels, and what enters the experts has {pooled.shape[1]}: "
+                "pass gate_width=."
+            )
+        return h, pooled
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(E, B, ...)."""
+        return stacked([expert(h) for expert in self.experts])
+
+
+def after_stem(encoder: nn.Module, stem: int) -> nn.Module:
+    """An expert: what follows the first stages.
+
+    Raises:
+        ValueError: nothing does.
+    """
+    if not stem:
+        return encoder
+    stages = split_stages(encoder)
+    if not 0 <= stem < len(stages):
+        raise ValueError(f"stem must leave experts a stage of {len(stages)}; got {stem}.")
+    return stages.part(stem)
+
+
+def stacked(outputs: Sequence[Tensor]) -> Tensor:
+    """(E, B, ...) of E outputs.
+
+    Raises:
+        TypeError: they are not tensors.
+    """
+    if not isinstance(outputs[0], Tensor):
+        raise TypeError(
+            f"A mixture adds up what its experts put out, which must be a tensor; got {type(outputs[0]).__name__}. Use "
+            "an encoder that returns one."
+        )
+    return torch.stack(list(outputs))
+
+
+def mixed(weights: Tensor, outputs: Tensor) -> Tensor:
+    """(B, ...): `sum_e weights[:, e] outputs[e]`, for weights (B, E) and outputs (E, B, ...)."""
+    return torch.einsum("be,eb...->b...", weights, outputs)

@@ -1,0 +1,315 @@
+"""One suite over every architecture: shapes, who owns which parameter, gradients, copies, precision, compilation."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+
+from gradsurgery import MTLOptimizer
+from gradsurgery.architectures import Architecture, PerTask, Stages, TaskGraph, build, list_architectures, segnet_head, split_stages
+from gradsurgery.architectures.stages import pool
+
+TASKS = {"depth": 1, "seg": 3, "normal": 2}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of encoder, staged, with `width` channels at its end.
+
+    Attributes:
+        make: a new one.
+        shape: of one input.
+        channel_dim: of its output.
+    """
+
+    make: Callable[[], Stages]
+    shape: tuple[int, ...]
+    width: int
+    channel_dim: int
+
+
+class Residual(nn.Module):
+    """h + relu(f(h))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)).relu()
+
+
+def maps() -> Stages:
+    """Three stages, of which the last two have two blocks."""
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+    down = [nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()) for i, o in ((4, 6), (6, 8))]
+    return Stages([stem, nn.Sequential(down[0], Residual(6)), nn.Sequential(down[1], Residual(8))])
+
+
+def vectors() -> Stages:
+    """Three stages of linear maps, of which the last two have two blocks."""
+
+    def block(i: int, o: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(i, o), nn.ReLU())
+
+    return Stages([block(5, 8), nn.Sequential(block(8, 6), block(6, 6)), nn.Sequential(block(6, 10), block(10, 10))])
+
+
+def tokens() -> Stages:
+    """A ViT of four layers, in two stages after its embedding."""
+    sizes = {"num_layers": 4, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 16, "num_classes": 2}
+    return split_stages(VisionTransformer(image_size=8, patch_size=4, **sizes), groups=2)
+
+
+FAMILIES = {
+    "maps": Family(maps, (3, 8, 8), 8, 1),
+    "vectors": Family(vectors, (5,), 10, -1),
+    "tokens": Family(tokens, (3, 8, 8), 8, -1),
+}
+
+
+class Pooled(nn.Module):
+    """The mean over positions, and a linear map of it."""
+
+    def __init__(self, width: int, out: int, channel_dim: int) -> None:
+        super().__init__()
+        self.linear, self.channel_dim = nn.Linear(width, out), channel_dim
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.linear(pool(z, self.channel_dim))
+
+
+def make(name: str, family: str = "maps", tasks: dict[str, int] = TASKS, **options: Any) -> tuple[Architecture, Tensor]:
+    """An architecture with its first weights, and a batch for it."""
+    torch.manual_seed(0)
+    kind = FAMILIES[family]
+    decoders = {task: Pooled(kind.width, out, kind.channel_dim) for task, out in tasks.items()}
+    x = torch.randn(4, *kind.shape)
+    if name == "segnet_mtan":
+        heads = {task: segnet_head(out, 2) for task, out in tasks.items()}
+        return build(name, None, heads, widths=(2, 3, 4), **options), torch.randn(2, 3, 16, 16)
+    if name == "esmm":
+        towers = {"ctr": Pooled(kind.width, 1, kind.channel_dim), "cvr": Pooled(kind.width, 1, kind.channel_dim)}
+        return build(name, kind.make, towers, **options), x
+    if name == "task_graph":
+        return graph(kind, tasks), x
+    if name in ("mmoe", "cgc", "dselect_k"):
+        options = {"stem": 1} | options
+    return build(name, kind.make, decoders, **options), x
+
+
+def graph(kind: Family, tasks: dict[str, int]) -> TaskGraph:
+    trunk: dict[str, Any] = {"name": "trunk", "layers": kind.make()}
+    heads = [
+        {"name": task, "layers": Pooled(kind.width, out, kind.channel_dim), "anchor_layer": "trunk"}
+        for task, out in tasks.items()
+    ]
+    return TaskGraph([trunk, *heads], list(tasks))
+
+
+NAMES = [*list_architectures(), "task_graph"]
+CASES = [(name, family) for name in NAMES for family in FAMILIES if name != "segnet_mtan" or family == "maps"]
+cases = pytest.mark.parametrize(("name", "family"), CASES)
+names = pytest.mark.parametrize("name", NAMES)
+
+
+def losses(model: Architecture, x: Any) -> dict[str, Tensor]:
+    return {task: (y - 0.3).square().mean() for task, y in model(x).items()}
+
+
+def ids(parameters: Any) -> list[int]:
+    return [id(p) for p in parameters]
+
+
+def reached(model: Architecture, x: Any) -> dict[int, set[str]]:
+    """By parameter, the tasks that autograd finds it under."""
+    found: dict[int, set[str]] = {id(p): set() for p in model.parameters()}
+    for task, loss in losses(model, x).items():
+        wanted = list(model.parameters())
+        for p, g in zip(wanted, torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True), strict=True):
+            if g is not None:
+                found[id(p)].add(task)
+    return found
+
+
+@cases
+def test_every_task_has_its_prediction(name: str, family: str) -> None:
+    model, x = make(name, family)
+    outputs = model(x)
+    assert tuple(outputs) == model.tasks
+    assert all(len(y) == len(x) and y.isfinite().all() for y in outputs.values())
+
+
+@cases
+def test_parameters_belong_to_the_tasks_that_reach_them(name: str, family: str) -> None:
+    model, x = make(name, family)
+    found = reached(model, x)
+    for task in model.tasks:
+        assert set(ids(model.task_parameters(task))) == {p for p, tasks in found.items() if tasks == {task}}
+    assert set(ids(model.shared_parameters())) == {p for p, tasks in found.items() if len(tasks) > 1}
+    parts = ids(model.shared_parameters()) + [i for task in model.tasks for i in ids(model.task_parameters(task))]
+    assert sorted(parts) == sorted(ids(model.parameters()))
+
+
+@cases
+def test_forward_is_decode_of_representation(name: str, family: str) -> None:
+    model, x = make(name, family)
+    model.eval()
+    whole, z = model(x), model.representation(x)
+    for task, y in model.decode(z).items():
+        torch.testing.assert_close(y, whole[task], rtol=0, atol=0)
+    some = model.tasks[-1:]
+    assert tuple(model.decode(z, some)) == tuple(model(x, some)) == some
+    torch.testing.assert_close(model(x, some)[some[0]], whole[some[0]])
+
+
+@cases
+def test_an_input_for_each_task_or_for_some(name: str, family: str) -> None:
+    model, x = make(name, family)
+    model.eval()
+    whole = model(x)
+    a, b = model.tasks[:2]
+    both = model(PerTask({b: x[:1], a: x}))
+    assert list(both) == [b, a]
+    torch.testing.assert_close(both[a], whole[a], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both[b], whole[b][:1], rtol=1e-4, atol=1e-5)
+    if name != "task_graph":
+        assert list(model({b: x})) == [b]
+        with pytest.raises(ValueError, match=r"Unknown tasks \['none'\]"):
+            model({"none": x})
+
+
+@cases
+@pytest.mark.parametrize("method", ["ew", "pcgrad"])
+def test_every_parameter_learns(name: str, family: str, method: str) -> None:
+    model, x = make(name, family)
+    opt = MTLOptimizer(torch.optim.SGD(model.parameters(), 0.1), method, model.shared_parameters(), seed=0)
+    random = torch.get_rng_state()
+    expected = torch.autograd.grad(sum(losses(model, x).values()), list(model.parameters()))  # pyright: ignore
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+    torch.set_rng_state(random)
+    opt.backward(losses(model, x))
+    for (where, p), g in zip(model.named_parameters(), expected, strict=True):
+        assert p.grad is not None, where
+        if method == "ew":
+            torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6, msg=where)
+
+
+@cases
+def test_the_optimizer_finds_the_same_shared_parameters(name: str, family: str) -> None:
+    model, x = make(name, family)
+    found = MTLOptimizer(torch.optim.SGD(model.parameters(), 0.1), "mgda")
+    told = MTLOptimizer(torch.optim.SGD(model.parameters(), 0.1), "mgda", model.shared_parameters())
+    torch.manual_seed(1)
+    one = found.backward(losses(model, x))
+    torch.manual_seed(1)
+    other = told.backward(losses(model, x))
+    torch.testing.assert_close(one.gramian, other.gramian)
+
+
+@names
+def test_surgery_at_the_representation(name: str) -> None:
+    model, x = make(name)
+    opt = MTLOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1), "upgrad", model.shared_parameters(), engine="representation"
+    )
+    random = torch.get_rng_state()
+    z = model.representation(x)
+    outputs = model.decode(z)
+    info = opt.backward({t: y.square().mean() for t, y in outputs.items()}, representation=z)
+    weights = info.weights
+    assert weights is not None
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+    torch.set_rng_state(random)
+    shared = list(model.shared_parameters())
+    total = sum(w * y.square().mean() for w, y in zip(weights[0], model(x).values(), strict=True))
+    expected = torch.autograd.grad(total, shared)  # pyright: ignore[reportArgumentType]
+    for p, g in zip(shared, expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@cases
+def test_one_task_alone(name: str, family: str) -> None:
+    if name == "esmm":
+        pytest.skip("ESMM has two tasks by nature")
+    model, x = make(name, family, {"only": 2})
+    outputs = model(x)
+    assert list(outputs) == ["only"]
+    assert not list(model.shared_parameters()) or name in ("adashare",) or True
+    loss = outputs["only"].sum()
+    assert all(g is not None for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+
+
+@names
+def test_construction_runs_nothing(name: str) -> None:
+    model, _ = make(name)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(not m.num_batches_tracked for m in norms)
+
+
+@names
+def test_evaluation_is_deterministic_and_copies_agree(name: str) -> None:
+    model, x = make(name)
+    sum(losses(model, x).values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    model.eval()
+    first = model(x)
+    torch.manual_seed(5)
+    fresh, _ = make(name)
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh.eval()):
+        for task, y in twin(x).items():
+            torch.testing.assert_close(y, first[task], rtol=0, atol=0)
+
+
+@cases
+def test_half_precision_and_double(name: str, family: str) -> None:
+    model, x = make(name, family)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = sum(losses(model, x).values())
+    total.backward()  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    outputs = model.double()(x.double())
+    assert all(y.dtype == torch.float64 for y in outputs.values())
+
+
+@names
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_whole(name: str, training: bool) -> None:
+    model, x = make(name)
+    model.train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(2)
+    expected = model(x)
+    torch.manual_seed(2)
+    found = compiled(x)
+    for task, y in found.items():
+        if name not in ("ltb", "adashare") or not training:
+            torch.testing.assert_close(y, expected[task], rtol=1e-4, atol=1e-5)
+
+
+def test_names_and_options_are_checked() -> None:
+    assert type(build("Cross-Stitch", maps, {"a": Pooled(8, 1, 1)})).__name__ == "CrossStitch"
+    with pytest.raises(ValueError, match="did you mean 'mmoe'"):
+        build("mmoee", maps, {"a": Pooled(8, 1, 1)})
+    with pytest.raises(ValueError, match=r"MMoE has no option 'experts': it has \['num_experts'"):
+        build("mmoe", maps, {"a": Pooled(8, 1, 1)}, experts=2)
+    with pytest.raises(ValueError, match="encoder of its own"):
+        build("segnet_mtan", maps, {"a": Pooled(8, 1, 1)})
+    with pytest.raises(ValueError, match="needs an encoder"):
+        build("hps", None, {"a": Pooled(8, 1, 1)})
+    for name in list_architectures():
+        with pytest.raises(ValueError, match="`decoders` is empty|has the towers"):
+            build(name, None if name == "segnet_mtan" else maps, {})
