@@ -68,4 +68,3 @@ class CGC(Architecture):
 
     def task_parts(self, task: str) -> Iterable[Part]:
         return self.task_experts[task], self.gates[task], self.decoders[task]
-

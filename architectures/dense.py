@@ -48,9 +48,7 @@ class ASPPDecoder(nn.Module):
         rates: of the pyramid's dilated convolutions.
     """
 
-    def __init__(
-        self, channels: int, out: int, size: tuple[int, int], rates: Sequence[int] = (12, 24, 36)
-    ) -> None:
+    def __init__(self, channels: int, out: int, size: tuple[int, int], rates: Sequence[int] = (12, 24, 36)) -> None:
         super().__init__()
         from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 

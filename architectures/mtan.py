@@ -43,7 +43,9 @@ class MTAN(Architecture):
         entering = [widths[0], *(2 * width for width in widths[1:])]
         self.masks = by_task(
             {
-                task: nn.ModuleList(_mask(i, w, max(w // reduction, 1), dim) for i, w in zip(entering, widths, strict=True))
+                task: nn.ModuleList(
+                    _mask(i, w, max(w // reduction, 1), dim) for i, w in zip(entering, widths, strict=True)
+                )
                 for task in decoders
             }
         )

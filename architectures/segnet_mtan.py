@@ -29,9 +29,7 @@ class SegNetMTAN(Architecture):
         widths, channels: as in `SegNet`.
     """
 
-    def __init__(
-        self, decoders: Mapping[str, nn.Module], *, widths: Sequence[int] = WIDTHS, channels: int = 3
-    ) -> None:
+    def __init__(self, decoders: Mapping[str, nn.Module], *, widths: Sequence[int] = WIDTHS, channels: int = 3) -> None:
         super().__init__(decoders)
         self.decoders = decoders_of("SegNetMTAN", decoders)
         self.net = SegNet(widths, channels)

@@ -39,7 +39,7 @@ def one(part: str, args: argparse.Namespace) -> None:
     chosen = quick if isinstance(quick, dict) else {}
     if part == "overhead":
         grid = {"models": list(MODELS), "tasks": None, "only": None} | chosen
-        module, content = overhead, overhead.run(argparse.Namespace(**(vars(args) | grid)))
+        module, content = overhead, overhead.run(argparse.Namespace(**(vars(args) | grid)), name)
     elif part == "memory":
         grid = {"models": list(memory.GRID), "tasks": None} | chosen
         module, content = memory, memory.run(**grid, method=args.method, device=device)

@@ -1,7 +1,9 @@
 """Seconds a training step, beside a plain loop, the physical floor and the peers, as ratios within one run.
 
-    python -m benchmarks.overhead [--models mlp64 vit] [--tasks 2 3] [--only auto floor] [--rounds 9] [--seconds 30]
+    python -m benchmarks.overhead [--models mlp64 vit] [--tasks 2 3] [--only auto floor] [--rounds 9] [--seconds 60]
         [--method upgrad] [--compiled] [--libmtl PATH] [--out NAME]
+
+A result file is written cell by cell, and a cell that is in it already is not measured again: delete it to start anew.
 
 Contenders (`benchmarks.contenders`) have their own copies of the model and of SGD, and all step on the same batch.
 Rounds interleave them in an order drawn anew each time, so that neither a drift of the machine's speed nor the heap
@@ -31,7 +33,7 @@ from torch.utils import benchmark
 
 from benchmarks.contenders import METHODS, DeclinedError, Make, Step, contenders, prepare
 from benchmarks.problems import MODELS, Problem
-from benchmarks.record import commit, machine, markdown, verdict, write
+from benchmarks.record import commit, machine, markdown, read, verdict, write
 
 LEAST_ROUNDS = 3
 # Seconds of steps in one price.
@@ -149,14 +151,14 @@ def of_cell(r: Mapping[str, Any]) -> list[str]:
         most.append(("gramian", "floor", 0.4))
     if (model, T) == ("resnet18", 3):
         most.append(("last block", "plain", 1.6))
-    if model != "mlp64":
-        most.append(("representation", "plain", 1.15))
     lines = []
     for name, to, bound in [*most, *least]:
         if (found := ratio(r, name, to)) is not None:
-            line = verdict(f"{model} T={T}: {name} / {to}", found, bound, least=(name, to, bound) in least)
-            heads = ratio(r, "plain plus heads", "plain") if name == "representation" else None
-            lines.append(line if heads is None else f"{line}; plain plus heads {heads:.3g}")
+            lines.append(verdict(f"{model} T={T}: {name} / {to}", found, bound, least=(name, to, bound) in least))
+    found, heads = ratio(r, "representation", "plain"), ratio(r, "plain plus heads", "plain")
+    if model != "mlp64" and found is not None and heads is not None:
+        # What heads cost is the tasks' own.
+        lines.append(verdict(f"{model} T={T}: representation less the heads / plain", found - (heads - 1), 1.15))
     return lines
 
 
@@ -181,23 +183,30 @@ def over_the_grid(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures the grid, and reports cell by cell on the way."""
+def run(args: argparse.Namespace, name: str | None = None) -> dict[str, Any]:
+    """Measures what a result file lacks of the grid, and reports cell by cell on the way."""
     device = torch.device(args.device)
     makers = contenders(compile=args.compiled, checkout=args.libmtl)
     if args.only:
         makers = {name: make for name, make in makers.items() if name in {"plain", *args.only}}
-    results = []
+    about = machine(device) | ({"libmtl": commit(args.libmtl)} if args.libmtl else {})
+    kept = (read(name) if name else None) or {}
+    results = kept.get("results", [])
+    content = {"machine": about, "method": args.method, "rounds": args.rounds, "results": results}
     for model in args.models:
         for tasks in args.tasks or MODELS[model].tasks:
+            if any((r["model"], r["tasks"]) == (model, tasks) for r in results):
+                continue
             wanted = {name: make for name, make in makers.items() if tasks <= MOST_FOR_TEN or name != "every 10"}
             start = time.monotonic()
-            results.append(measure(model, tasks, args.method, wanted, args.rounds, args.seconds, device))
+            cell = measure(model, tasks, args.method, wanted, args.rounds, args.seconds, device)
+            results.append(cell | {"commit": about["commit"]})
+            if name:
+                write(name, content)
             line = table(results[-1:]).splitlines()[-1]
             rounds = len(results[-1]["seconds"]["plain"])
             print(f"{line} {rounds} rounds, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    about = machine(device) | ({"libmtl": commit(args.libmtl)} if args.libmtl else {})
-    return {"machine": about, "method": args.method, "rounds": args.rounds, "results": results}
+    return content
 
 
 def report(content: Mapping[str, Any]) -> str:
@@ -213,7 +222,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What says which grid to measure."""
     parser.add_argument("--method", choices=METHODS, default="upgrad")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=30.0, help="a cell, beyond which three rounds do")
+    parser.add_argument("--seconds", type=float, default=60.0, help="a cell, beyond which three rounds do")
     parser.add_argument("--compiled", action="store_true", help="the compiled road, too: a minute of compiling")
     parser.add_argument("--libmtl", type=Path, metavar="PATH", help="a checkout of LibMTL")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -227,9 +236,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="these beside plain")
     parser.add_argument("--out", help="name of a result file in benchmarks/results; none is written without it")
     args = parser.parse_args()
-    content = run(args)
-    if args.out:
-        write(args.out, content)
+    content = run(args, args.out)
     print(report(content))
 
 

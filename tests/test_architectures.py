@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from gradsurgery import MTLOptimizer
-from gradsurgery.architectures import Architecture, PerTask, Stages, TaskGraph, build, list_architectures, segnet_head, split_stages
+from gradsurgery.architectures import (
+    Architecture,
+    PerTask,
+    Stages,
+    TaskGraph,
+    build,
+    list_architectures,
+    segnet_head,
+    split_stages,
+)
 from gradsurgery.architectures.stages import pool
 
 TASKS = {"depth": 1, "seg": 3, "normal": 2}

@@ -162,7 +162,7 @@ def synthetic() -> dict[str, Any]:
 def test_verdicts_can_miss() -> None:
     lines = overhead.verdicts(synthetic()["results"])
     missed = [line for line in lines if line.startswith("MISSED")]
-    assert {line.split(": ")[1].split(" / ")[0] for line in missed} == {"representation", "last block"}
+    assert {line.split(": ")[1].split(" / ")[0] for line in missed} == {"representation less the heads", "last block"}
     assert any(line.startswith("held   mlp64 T=8: sequential / batched: 3.05") for line in lines)
     assert any("geometric mean of 6: 4" in line for line in lines)
     slow = synthetic()["results"]
