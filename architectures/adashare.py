@@ -29,7 +29,7 @@ class AdaShare(Architecture):
     Args:
         encoder: staged, or one that `split_stages` cuts, of residual blocks.
         decoders: task -> any module from the task's features to that task's prediction.
-        temperature: of the Gumbel-softmax, which `anneal` lowers.
+        temperature: of the Gumbel-softmax at first.
 
     Raises:
         ValueError: stages of one block each, of which none can be skipped.
@@ -45,11 +45,12 @@ class AdaShare(Architecture):
         if not blocks:
             raise ValueError("Every stage of this encoder is one block, which always runs: there is nothing to skip.")
         self.logits = nn.ParameterDict({task: torch.zeros(blocks, 2) for task in decoders})
-        self.register_buffer("temperature", torch.tensor(float(temperature)))
+        self.start = float(temperature)
+        self.register_buffer("temperature", torch.tensor(self.start))
 
-    def anneal(self, factor: float = 0.965) -> None:
-        """Lowers the temperature by a factor, the authors' once an epoch."""
-        self.temperature.mul_(factor)
+    def anneal(self, epoch: int, epochs: int) -> None:
+        """Sets the temperature of epoch 0, 1, ...: 0.965 times the one before, as the authors' code has it."""
+        self.temperature.fill_(self.start * 0.965**epoch)
 
     def policy(self, task: str) -> Tensor:
         """(blocks,) probabilities that the task runs each block that can be skipped."""

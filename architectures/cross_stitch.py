@@ -56,10 +56,10 @@ class CrossStitch(Architecture):
         )
 
     def features(self, x: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
-        T = len(self.tasks)
-        hs: list[Any] = [x] * T
-        unmixed = len(list(self.networks)[0]) - len(self.stitches)  # pyright: ignore[reportArgumentType]
-        for i, stages in enumerate(zip(*self.networks, strict=True)):  # pyright: ignore[reportArgumentType]
+        networks: Any = self.networks
+        hs: list[Any] = [x] * len(self.tasks)
+        unmixed = len(networks[0]) - len(self.stitches)
+        for i, stages in enumerate(zip(*networks, strict=True)):
             hs = [stage(h) for stage, h in zip(stages, hs, strict=True)]
             if i >= unmixed:
                 hs = stitched(self.stitches[i - unmixed], hs, self.channel_dim)

@@ -1,7 +1,7 @@
 """LTB, learning to branch: a tree of stages whose branches are learned with the weights.
 
-Guo, Lee, Ulbricht, "Learning to Branch for Multi-Task Learning", ICML 2020, https://arxiv.org/abs/2006.01895, section 3:
-every node of a layer draws its one parent in the layer before from a categorical distribution, by the Gumbel-softmax
+Guo, Lee, Ulbricht, "Learning to Branch for Multi-Task Learning", ICML 2020, https://arxiv.org/abs/2006.01895, section
+3: every node of a layer draws its one parent in the layer before from a categorical distribution, by the Gumbel-softmax
 with hard samples and soft gradients, at a temperature that falls. Here each layer has a node a task, as LibMTL has it,
 and the last layer's node t feeds decoder t. At evaluation the likeliest parent is taken, which needs no random numbers.
 """
@@ -28,7 +28,7 @@ class LTB(Architecture):
         encoder: staged, or one that `split_stages` cuts; a function makes nodes with weights of their own, a module is
             copied.
         decoders: task -> any module from its node's features to that task's prediction.
-        warm_up: part of training, see `anneal`, in which nodes read the mean of all nodes before them.
+        warm_up: part of the epochs, see `anneal`, in which nodes read the mean of all nodes before them.
 
     Raises:
         ValueError: an encoder of one stage, which can't branch.
@@ -46,17 +46,12 @@ class LTB(Architecture):
         self.logits = nn.Parameter(torch.zeros(len(networks[0]) - 1, T, T))
         self.warm_up = warm_up
         self.register_buffer("temperature", torch.tensor(math.inf))
-        self.anneal(0.0, 1)
 
-    def anneal(self, progress: float, epochs: int) -> None:
-        """Sets the temperature: without bound in the warm-up, else `epochs / 20 / sqrt(epoch + 1)`, LibMTL's.
-
-        Args:
-            progress: of training, in [0, 1).
-            epochs: of all of training.
-        """
-        warm = progress < self.warm_up
-        self.temperature.fill_(math.inf if warm else epochs / 20 / math.sqrt(progress * epochs + 1))
+    def anneal(self, epoch: int, epochs: int) -> None:
+        """Sets the temperature of epoch 0, 1, ...: without bound in the warm-up, else LibMTL's
+        `epochs / 20 / sqrt(epoch + 1)`. A new model is in its warm-up."""
+        warm = epoch < self.warm_up * epochs
+        self.temperature.fill_(math.inf if warm else epochs / 20 / math.sqrt(epoch + 1))
 
     def branches(self) -> Tensor:
         """(stages - 1, T) the likeliest parent of each node in the stage before."""

@@ -8,6 +8,7 @@ both sides of a SegNet.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, final
 
 import torch
@@ -41,16 +42,9 @@ class MTAN(Architecture):
         if not widths:
             raise ValueError("MTAN attends to the stages after the first, and the encoder has one stage.")
         entering = [widths[0], *(2 * width for width in widths[1:])]
-        self.masks = by_task(
-            {
-                task: nn.ModuleList(
-                    _mask(i, w, max(w // reduction, 1), dim) for i, w in zip(entering, widths, strict=True)
-                )
-                for task in decoders
-            }
-        )
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.between = nn.ModuleList(_between(self.encoder, before, after) for before, after in pairs)
+        sizes = [(i, w, max(w // reduction, 1)) for i, w in zip(entering, widths, strict=True)]
+        self.masks = by_task({task: nn.ModuleList(_mask(*size, dim) for size in sizes) for task in decoders})
+        self.between = nn.ModuleList(_between(self.encoder, before, after) for before, after in pairwise(widths))
 
     def features(self, x: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
         seen = self._stages(x)

@@ -2,8 +2,8 @@
 
 Ruder, Bingel, Augenstein, Sogaard, "Latent Multi-task Architecture Learning", AAAI 2019,
 https://arxiv.org/abs/1705.08142: alpha mixes all subspaces of all tasks (eq. 3), beta the layers of a task (eq. 4), and
-a penalty keeps a layer's subspaces apart (eq. 5), which is the caller's to add. The paper's layers are all of one shape;
-here a stage of another width enters through a linear map over its channels, one of other positions is pooled.
+a penalty keeps a layer's subspaces apart (eq. 5), which is the caller's to add. The paper's layers are of one shape;
+here a stage of another width enters by a linear map over its channels, and one of other positions is pooled.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,8 +1,8 @@
 """Any network of named layers, some of whose outputs are tasks: torchMTL's description, a list of dicts.
 
-Bock, "torchMTL: A lightweight module for Multi-Task Learning in pytorch", 2020,
-https://doi.org/10.5281/zenodo.4362515. Its lists load unchanged, and `MTLModel` gives what its model gives. A graph that
-could not run is refused when it is made; only what outputs depend on is run, and nothing is kept of it. ``'auto'``
+Bock, "torchMTL: A lightweight module for Multi-Task Learning in pytorch", 2020, https://doi.org/10.5281/zenodo.4362515.
+Its lists load unchanged, and `MTLModel` gives what its model gives. A graph that could not run is refused when it is
+made; only what outputs depend on is run, and nothing is kept of it. ``'auto'``
 weights are those of uncertainty weighting (Kendall, Gal, Cipolla, CVPR 2018), since a bare learned factor of a loss
 makes away with it: the weight w is positive, and the loss comes with the term `-log(w) / w` that gives w its optimum at
 1 / L.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gradsurgery.architectures.architecture import Architecture, Part, by_task
 
 if TYPE_CHECKING:
-    import networkx
+    import networkx as nx
 
 ROOT = "root"
 """the graph's input"""
@@ -97,11 +97,11 @@ class TaskGraph(Architecture):
         s = self.log_weights[task]
         return lambda *args: loss(*args) - s * (-s).exp()
 
-    def graph(self) -> "networkx.DiGraph":
+    def graph(self) -> "nx.DiGraph":
         """Layers and what feeds them; needs networkx."""
-        import networkx
+        import networkx as nx
 
-        graph = networkx.DiGraph()
+        graph = nx.DiGraph()
         graph.add_node(ROOT)
         graph.add_nodes_from((name, {"output": name in self.tasks}) for name in self.layers)
         graph.add_edges_from((parent, name) for name, parents in self.parents.items() for parent in parents)
@@ -109,19 +109,19 @@ class TaskGraph(Architecture):
 
     def draw(self, path: str | Path) -> Path:
         """A picture of the graph, the input to the left and outputs filled; needs networkx and matplotlib."""
-        import networkx
+        import networkx as nx
         from matplotlib.figure import Figure
 
         graph = self.graph()
-        for depth, names in enumerate(networkx.topological_generations(graph)):
+        for depth, names in enumerate(nx.topological_generations(graph)):
             for name in names:
                 graph.nodes[name]["depth"] = depth
-        place = networkx.multipartite_layout(graph, subset_key="depth")
+        place = nx.multipartite_layout(graph, subset_key="depth")
         figure = Figure(figsize=(1.8 * (1 + depth), 3.2), layout="constrained")
         axes = figure.add_subplot()
         axes.axis("off")
         axes.margins(0.15)
-        networkx.draw_networkx_edges(graph, place, ax=axes, node_size=2600, edge_color="0.5")
+        nx.draw_networkx_edges(graph, place, ax=axes, node_size=2600, edge_color="0.5")
         for name, (x, y) in place.items():
             filled = "#cfe3f5" if name in self.tasks else "white"
             box = {"boxstyle": "round,pad=0.4", "facecolor": filled, "edgecolor": "0.4"}
@@ -149,7 +149,7 @@ class MTLModel(nn.Module):
         self.tasks = TaskGraph(task_layers, output_tasks)
 
     @property
-    def g(self) -> "networkx.DiGraph":
+    def g(self) -> "nx.DiGraph":
         return self.tasks.graph()
 
     def forward(self, x: Any) -> tuple[list[Tensor], list[Callable[..., Tensor] | None], list[float | Tensor | None]]:

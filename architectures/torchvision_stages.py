@@ -1,5 +1,6 @@
 """Where the stages of torchvision's encoders begin."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,9 +42,7 @@ def _blocks(stage: nn.Module) -> list[nn.Module]:
 def _of_vit(net: VisionTransformer, groups: int) -> dict[str, Any]:
     layers = _blocks(net.encoder.layers)
     bounds = [round(i * len(layers) / groups) for i in range(groups + 1)]
-    stages: list[nn.Module] = [
-        nn.Sequential(*layers[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b
-    ]
+    stages: list[nn.Module] = [nn.Sequential(*layers[a:b]) for a, b in pairwise(bounds) if a < b]
     stages = [_Embedding(net), *stages[:-1], _ending(stages[-1], net.encoder.ln)]
     return {"stages": stages, "widths": [net.hidden_dim] * len(stages), "layout": "rows", "in_width": 3}
 

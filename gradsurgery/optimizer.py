@@ -205,8 +205,8 @@ class MTLOptimizer(Optimizer):
         Args:
             losses: one scalar a task, as a sequence, mapping or 1-D tensor; None, or a missing key, for a task that is
                 absent from this batch. The first call fixes the tasks.
-            representation: what the tasks share of the forward pass, a tensor or several, in tuples, lists and mappings as
-                an architecture's ``representation(x)`` has them: surgery on gradients with respect to it, and one
+            representation: what the tasks share of the forward pass, a tensor, or several in tuples, lists and mappings
+                as an architecture's ``representation(x)`` has them: surgery on gradients with respect to it, and one
                 backward of what lies below (see `gradsurgery.engines.Representation`).
             scaler: the AMP scaler. Losses are given unscaled; the method sees unscaled gradients, and ``.grad`` is left
                 scaled for ``scaler.step(optimizer)``.

@@ -12,14 +12,20 @@ torch 2.15.0, about 170 seconds in all, rendering and pictures included:
     cagrad     26.57  69.70  0.5699  0.1730   26.73   21.69   26.14  51.67  64.39    -4.36   0.130
 
 The real data is the preprocessed NYUv2 that MTAN published (https://github.com/lorenmt/mtan): 795 training and 654
-test views of 288 x 384, and the protocol is its and its followers' (Nash-MTL, FAMO, FairGrad): Adam 1e-4, halved
-after 100 of 200 epochs, batch 2, scale-crop-mirror augmentation, metrics in test batches of 2, averaged over the last
-10 epochs, Delta-m against the published single-task SegNet row. The published rows are SegNet's and MTAN's; with
-another encoder, compare with each other the rows that you train.
+test views of 288 x 384. Two protocols of the field are kept, and their published rows stand beside one's own:
+
+`--protocol mtan` (with `--data` by default; MTAN, Nash-MTL, FAMO, FairGrad): SegNet with MTAN's attention (or `--arch
+hps` and its like on a SegNet), Adam 1e-4, halved after 100 of 200 epochs, batch 2, scale-crop-mirror augmentation,
+metrics in test batches of 2, averaged over the last 10 epochs, surgery on all but the heads, Delta-m against the
+single-task SegNet.
+
+`--protocol deeplab` (LibMTL's tables): ResNet-50 with dilation, pretrained on ImageNet, and an ASPP decoder, Adam 1e-4
+with weight decay 1e-5, halved after 100 of 200 epochs, batch 8 (PLE: 4), the last smaller batch dropped, no
+augmentation, metrics over all pixels, the best epoch on the test set, Delta-m against equal weights on HPS.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,12 +36,11 @@ import tyro
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
-from torchvision.models import ResNet, resnet18, resnet50
 
-from gradsurgery.architectures import HPS
+from gradsurgery.architectures import LTB, AdaShare, Architecture, SegNetMTAN
 from gradsurgery.recipes.harness import pictures
-from gradsurgery.recipes.harness.benchmark import Benchmark, Metric, Predictor, RecipeError, Row, Task
-from gradsurgery.recipes.harness.compare import Options, command, compare
+from gradsurgery.recipes.harness.benchmark import Benchmark, Metric, Predictor, RecipeError, Task
+from gradsurgery.recipes.harness.compare import Options, command, compare, parse_options
 from gradsurgery.recipes.harness.dense import (
     TASKS,
     DenseFolder,
@@ -44,11 +49,11 @@ from gradsurgery.recipes.harness.dense import (
     scale_crop_flip,
     segmentation_loss,
 )
-from gradsurgery.recipes.harness.metrics import DepthError, NormalAngles, segmentation_meter, valid_pixels
+from gradsurgery.recipes.harness.metrics import DepthError, NormalAngles, Over, segmentation_meter, valid_pixels
 from gradsurgery.recipes.harness.report import open_console
+from gradsurgery.recipes.nyuv2_models import Arch, Choice, EncoderName, build_model, default_encoder
+from gradsurgery.recipes.nyuv2_published import published
 from gradsurgery.recipes.rooms import CLASSES, render_rooms
-
-Encoder = Literal["small", "resnet18", "resnet50"]
 
 METRICS = {
     "segmentation": (Metric("mIoU", "%", True, 100), Metric("PAcc", "%", True, 100)),
@@ -61,21 +66,7 @@ METRICS = {
 }
 OUT_CHANNELS = {"segmentation": len(CLASSES), "depth": 1, "normal": 3}
 
-PUBLISHED = Row(
-    "STL (published)",
-    {
-        "segmentation/mIoU": 38.30,
-        "segmentation/PAcc": 63.76,
-        "depth/abs": 0.6754,
-        "depth/rel": 0.2780,
-        "normal/mean": 25.01,
-        "normal/median": 19.21,
-        "normal/<11.25": 30.14,
-        "normal/<22.5": 57.20,
-        "normal/<30": 69.15,
-    },
-)
-"""SegNet, one a task, as Nash-MTL, FAMO and FairGrad quote it"""
+Protocol = Literal["mtan", "deeplab"]
 
 
 @dataclass(frozen=True)
@@ -85,15 +76,24 @@ class Preset:
     epochs: int
     batch_size: int
     lr: float
-    encoder: Encoder
     schedule: Literal["step", "cosine"]
     last: int
+    augment: bool = True
+    weight_decay: float = 0.0
+    test_batch_size: int = 2
+    over: Over = "batches"
+    drop_last: bool = False
+    arch: Arch = "hps"
+    encoder: EncoderName | None = None
+    pretrained: bool = False
 
 
-PROTOCOL = Preset(epochs=200, batch_size=2, lr=1e-4, encoder="resnet50", schedule="step", last=10)
-"""with `--data`: the field's protocol"""
-ROOMS = Preset(epochs=10, batch_size=8, lr=2e-3, encoder="small", schedule="cosine", last=1)
-"""without: rooms that two CPU cores learn in minutes"""
+ROOMS = Preset(epochs=10, batch_size=8, lr=2e-3, schedule="cosine", last=1)
+"""without `--data` or `--protocol`: rooms that two CPU cores learn in minutes"""
+PROTOCOLS: dict[str, Preset] = {
+    "mtan": Preset(200, 2, 1e-4, "step", 10, arch="segnet_mtan", encoder="segnet"),
+    "deeplab": Preset(200, 8, 1e-4, "step", 0, False, 1e-5, 8, "pixels", True, encoder="resnet50", pretrained=True),
+}
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,13 @@ class Args:
     """Train and compare methods on NYUv2, or on rooms rendered in its layout."""
 
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
-    arch: Literal["hps"] = "hps"
-    """how the tasks share the network; hps: one encoder, a decoder a task"""
+    arch: Arch | None = None
+    """how the tasks share the network, a name of `gradsurgery.architectures`; None: segnet_mtan in `--protocol mtan`,
+    else hps"""
+    arch_option: tuple[str, ...] = ()
+    """options of the architecture, as in `num_experts=4`"""
+    protocol: Protocol | None = None
+    """None: mtan with `--data`, and a preset for small machines without"""
     data: Path | None = None
     """the preprocessed NYUv2, with train/ and val/ below; None renders rooms"""
     cache: Path = Path("data")
@@ -112,78 +117,17 @@ class Args:
     size: tuple[int, int] = (72, 96)
     """height and width of a rendered view"""
     epochs: int | None = None
-    """None: 200 with `--data`, 10 without"""
+    """None: the protocol's 200, or 10"""
     batch_size: int | None = None
-    """None: 2 with `--data`, 8 without; test batches are always of 2, as the protocol's metrics ask"""
+    """None: the protocol's, or 8"""
     lr: float | None = None
-    """Adam's learning rate; None: 1e-4 with `--data` (halved every 100 epochs), 2e-3 without (cosine to 0)"""
-    encoder: Encoder | None = None
-    """None: resnet50 (dilated, not pretrained) with `--data`, small without"""
-    augment: bool = True
-    """random scale, crop and mirror image"""
-
-
-class SmallEncoder(nn.Module):
-    """Four strided stages; the maps of the last three are summed at a quarter of the image's size."""
-
-    def __init__(self, widths: Sequence[int] = (16, 32, 64, 96), channels: int = 48) -> None:
-        super().__init__()
-        stages = zip((3, *widths[:-1]), widths, strict=True)
-        self.stages = nn.ModuleList(nn.Sequential(conv(i, o, stride=2), conv(o, o)) for i, o in stages)
-        self.laterals = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths[1:])
-        self.mix = conv(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        size = maps[1].shape[-2:]
-        wide = [lateral(y) for lateral, y in zip(self.laterals, maps[1:], strict=True)]
-        return self.mix(torch.stack([F.interpolate(y, size=size, mode="bilinear") for y in wide]).sum(0))
-
-
-class Trunk(nn.Module):
-    """A torchvision ResNet up to its last feature map."""
-
-    def __init__(self, net: ResNet) -> None:
-        super().__init__()
-        self.stages = nn.Sequential(
-            net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stages(x)
-
-
-class Decoder(nn.Module):
-    """(B, C, h, w) -> (B, out, H, W)."""
-
-    def __init__(self, channels: int, out: int, size: tuple[int, int], width: int = 48) -> None:
-        super().__init__()
-        self.head = nn.Sequential(conv(channels, width), nn.Conv2d(width, out, 1))
-        self.size = size
-
-    def forward(self, z: Tensor) -> Tensor:
-        return F.interpolate(self.head(z), size=self.size, mode="bilinear")
-
-
-def conv(channels: int, out: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
-    )
-
-
-def build_model(tasks: Sequence[str], encoder: Encoder, size: tuple[int, int]) -> HPS:
-    """Any encoder will do; these have no pretrained weights."""
-    makers: dict[Encoder, tuple[Callable[[], nn.Module], int]] = {
-        "small": (SmallEncoder, 48),
-        "resnet18": (lambda: Trunk(resnet18()), 512),
-        "resnet50": (lambda: Trunk(resnet50(replace_stride_with_dilation=[False, True, True])), 2048),
-    }
-    make, channels = makers[encoder]
-    model = HPS(make(), {task: Decoder(channels, OUT_CHANNELS[task], size) for task in tasks})
-    return model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+    """Adam's learning rate; None: the protocol's 1e-4, halved every 100 epochs, or 2e-3, by a cosine to 0"""
+    encoder: EncoderName | None = None
+    """None: the protocol's, or a small one that suits the architecture"""
+    pretrained: bool | None = None
+    """start resnet18 or resnet50 from torchvision's weights, which it fetches; None: in `--protocol deeplab`"""
+    augment: bool | None = None
+    """random scale, crop and mirror image; None: unless the protocol does without"""
 
 
 def constant_prediction(data: DenseFolder) -> Predictor:
@@ -215,46 +159,79 @@ def make_scheduler(optimizer: Optimizer, schedule: str, epochs: int) -> LRSchedu
 
 
 def make_benchmark(args: Args) -> Benchmark:
-    preset = PROTOCOL if args.data else ROOMS
-    epochs, lr, encoder = args.epochs or preset.epochs, args.lr or preset.lr, args.encoder or preset.encoder
+    protocol = args.protocol or ("mtan" if args.data else None)
+    preset = PROTOCOLS[protocol] if protocol else ROOMS
+    # An encoder of one's own leaves the protocol's architecture.
+    own = args.encoder is not None and args.encoder != preset.encoder
+    arch = args.arch or ("hps" if own else preset.arch)
+    epochs, lr = args.epochs or preset.epochs, args.lr or preset.lr
+    augment = preset.augment if args.augment is None else args.augment
     root = args.data or render(args)
     train, test = (DenseFolder(root, split, TASKS, len(CLASSES)) for split in ("train", "val"))
     if train.size is None or train.size != test.size:
         raise RecipeError(f"{test.folder} has images of {test.size}: expected {train.size}, as in {train.folder}.")
+    choice = Choice(
+        arch,
+        args.encoder or preset.encoder or default_encoder(arch),
+        train.size,
+        OUT_CHANNELS,
+        preset.pretrained if args.pretrained is None else args.pretrained,
+        parse_options(args.arch_option),
+    )
     height, width = train.size
     kind = "real data" if args.data else "rendered rooms"
-    schedule = "lr halved every 100 epochs" if preset.schedule == "step" else f"cosine to 0 over {epochs} epochs"
-    meters = {"segmentation": partial(segmentation_meter, len(CLASSES)), "depth": DepthError, "normal": NormalAngles}
+    halved = preset.schedule == "step"
+    meters = {
+        "segmentation": partial(segmentation_meter, len(CLASSES)),
+        "depth": partial(DepthError, preset.over),
+        "normal": partial(NormalAngles, preset.over),
+    }
     losses = {"segmentation": segmentation_loss, "depth": depth_loss, "normal": normal_loss}
+    # LibMTL's tables halve the batch for PLE, which did not fit its card.
+    batch_size = args.batch_size or (4 if protocol == "deeplab" and arch == "ple" else preset.batch_size)
     return Benchmark(
         name="nyuv2",
         description=f"{kind}, {len(train)} + {len(test)} views of {height}x{width}",
         tasks={task: Task(losses[task], meters[task], METRICS[task]) for task in TASKS},
         train=train,
         test=test,
-        model=lambda tasks: build_model(tasks, encoder, (height, width)),
-        shared=HPS.shared_parameters,
-        optimizer=lambda parameters: Adam(parameters, lr),
+        model=lambda tasks: build_model(replace(choice, channels={task: OUT_CHANNELS[task] for task in tasks})),
+        shared=protocol_shared if protocol == "mtan" else Architecture.shared_parameters,
+        optimizer=lambda parameters: Adam(parameters, lr, weight_decay=preset.weight_decay),
         scheduler=lambda optimizer: make_scheduler(optimizer, preset.schedule, epochs),
         epochs=epochs,
-        batch_size=args.batch_size or preset.batch_size,
-        test_batch_size=2,
-        augment=scale_crop_flip if args.augment else None,
+        batch_size=batch_size,
+        test_batch_size=preset.test_batch_size,
+        drop_last=preset.drop_last,
+        augment=scale_crop_flip if augment else None,
         last=min(preset.last, epochs),
+        each_epoch=anneal,
         floor=lambda: constant_prediction(train),
-        published=PUBLISHED if args.data else None,
+        published=published(protocol, arch, args.options.method) if protocol and args.data else (),
         pictures=lambda predict, folder, title: pictures.dense(
             test, predict, CLASSES, folder / "predictions.png", title
         ),
         settings={
             "data": str(root),
-            "arch": args.arch,
-            "encoder": encoder,
-            "optimizer": f"Adam {lr:g}",
-            "schedule": schedule,
-            "augment": args.augment,
+            "protocol": protocol or "none",
+            "arch": " ".join([arch, *args.arch_option]),
+            "encoder": choice.encoder + (" (pretrained)" if choice.pretrained else ""),
+            "optimizer": f"Adam {lr:g}" + (f", weight decay {preset.weight_decay:g}" if preset.weight_decay else ""),
+            "schedule": "lr halved every 100 epochs" if halved else f"cosine to 0 over {epochs} epochs",
+            "augment": augment,
         },
     )
+
+
+def protocol_shared(model: Architecture) -> Iterator[nn.Parameter]:
+    """What MTAN's followers operate on: all but the heads, attention included."""
+    return model.protocol_shared_parameters() if isinstance(model, SegNetMTAN) else model.shared_parameters()
+
+
+def anneal(model: Architecture, epoch: int, epochs: int) -> None:
+    """The schedules inside those architectures that have one."""
+    if isinstance(model, LTB | AdaShare):
+        model.anneal(epoch, epochs)
 
 
 def render(args: Args) -> Path:
@@ -269,9 +246,9 @@ def main() -> None:
     console = open_console()
 
     def run() -> None:
-        console.print(
-            "Protocol preset for real data" if args.data else "Preset for rendered rooms (no --data)", style="bold"
-        )
+        rooms = args.protocol is None and args.data is None
+        preset = "Preset for rendered rooms" if rooms else f"Protocol {args.protocol or 'mtan'}"
+        console.print(preset + ("" if args.data else " (no --data)"), style="bold")
         compare(make_benchmark(args), args.options, console)
 
     command(run)

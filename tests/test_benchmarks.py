@@ -77,7 +77,7 @@ def test_compiled_takes_it() -> None:
 @pytest.mark.parametrize("name", ["representation", "last block"])
 def test_approximate_contenders_run(name: str) -> None:
     step = prepare(name, CONTENDERS[name], Problem("tiny", 3, CPU), "upgrad")
-    assert step.engine() == ("representation" if name == "representation" else "sequential")
+    assert step.engine() == ("representation" if name == "representation" else "batched")
 
 
 def test_libmtl_is_hosted(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from gradsurgery.recipes.harness import (
     metrics,
     train,
 )
+from gradsurgery.recipes.harness.evaluate import reported
 
 PUBLISHED = """
 STL      38.30 63.76 .6754 .2780 25.01 19.21 30.14 57.20 69.15  0.00
@@ -94,6 +95,48 @@ def test_normal_angles_against_numpy() -> None:
             expected.append([np.mean(angles), np.median(angles), *below])
     values = meter.compute()
     np.testing.assert_allclose([float(v) for v in values.values()], np.mean(expected, axis=0), rtol=1e-4)
+
+
+def test_errors_over_all_pixels_against_numpy() -> None:
+    depth, normal = metrics.DepthError("pixels"), metrics.NormalAngles("pixels")
+    errors, angles = [], []
+    for (p, t), (q, n) in zip(batches(1), batches(3), strict=True):
+        depth.update(p, t)
+        normal.update(q, n)
+        errors += [(abs(a - b), abs(a - b) / b) for a, b in zip(p.flatten(), t.flatten(), strict=True) if b != 0]
+        rows = (x.permute(0, 2, 3, 1).reshape(-1, 3).double().numpy() for x in (q, n))
+        pairs = [(a / np.linalg.norm(a), b) for a, b in zip(*rows, strict=True) if b.sum() != 0]
+        angles += [np.degrees(np.arccos(np.clip(a @ b, -1, 1))) for a, b in pairs]
+    np.testing.assert_allclose(list(depth.compute().values()), np.mean(errors, axis=0), rtol=1e-5)
+    below = [np.mean(np.array(angles) < limit) for limit in (11.25, 22.5, 30)]
+    expected = [np.mean(angles), np.median(angles), *below]
+    np.testing.assert_allclose([float(v) for v in normal.compute().values()], expected, rtol=1e-4)
+
+
+def test_the_best_epoch_is_reported_where_a_protocol_asks_for_it() -> None:
+    history = [{"sine/mse": sine, "square/mse": square} for sine, square in ((1.0, 1.0), (0.4, 0.9), (0.3, 1.2))]
+    assert reported(replace(waves(), last=0), history) == history[1]
+    assert reported(replace(waves(), last=2), history)["sine/mse"] == pytest.approx(0.35)
+
+
+def test_a_smaller_last_batch_may_be_dropped() -> None:
+    benchmark = replace(waves(), batch_size=7, augment=None)
+    full, rest = divmod(len(benchmark.train), 7)  # pyright: ignore[reportArgumentType]
+    assert rest
+    for dropped in (False, True):
+        some = replace(benchmark, drop_last=dropped)
+        sizes = [
+            len(x) for x, _ in data.train_batches(some, seed=0, epoch=0, start=1, device=torch.device("cpu"), workers=0)
+        ]
+        assert sizes == [7] * (full - 1) + ([] if dropped else [rest])
+        assert data.steps_per_epoch(some) == len(sizes) + 1
+
+
+def test_schedules_inside_a_model_hear_of_every_epoch(tmp_path: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    benchmark = replace(waves(), epochs=2, each_epoch=lambda model, epoch, epochs: heard.append((epoch, epochs)))
+    train(benchmark, Surgery("ew"), tmp_path / "run")
+    assert heard == [(0, 2), (1, 2)]
 
 
 def test_segmentation_against_numpy() -> None:

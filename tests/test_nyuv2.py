@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradsurgery.recipes import nyuv2
+from gradsurgery.recipes import nyuv2, nyuv2_models
 from gradsurgery.recipes.harness import RecipeError, checkpoint, dense, evaluate
+from gradsurgery.recipes.harness.compare import Options
+from gradsurgery.recipes.harness.metrics import delta_m
+from gradsurgery.recipes.nyuv2_published import published
 from gradsurgery.recipes.rooms import CLASSES, render_rooms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +206,7 @@ def test_a_label_out_of_range_is_named(data: Path) -> None:
 
 
 def test_real_data_gets_the_protocol(data: Path) -> None:
-    benchmark = nyuv2.make_benchmark(nyuv2.Args(data=data, encoder="small"))
+    benchmark = nyuv2.make_benchmark(nyuv2.Args(data=data))
     assert (benchmark.epochs, benchmark.batch_size, benchmark.test_batch_size, benchmark.last) == (200, 2, 2, 10)
     optimizer = benchmark.optimizer([torch.nn.Parameter(torch.zeros(1))])
     assert isinstance(optimizer, torch.optim.Adam) and benchmark.scheduler is not None
@@ -214,7 +219,10 @@ def test_real_data_gets_the_protocol(data: Path) -> None:
     assert rates == [1e-4] * 100 + [5e-5] * 100
     assert optimizer.param_groups[0]["weight_decay"] == 0
     assert benchmark.augment is dense.scale_crop_flip
-    assert benchmark.published is nyuv2.PUBLISHED and set(nyuv2.PUBLISHED.values) == set(benchmark.columns)
+    assert [row.name for row in benchmark.published] == [
+        "STL (published)", "ew (published)", "ew (LibMTL)", "cagrad (published)", "cagrad (LibMTL)",
+    ]  # fmt: skip
+    assert all(set(row.values) == set(benchmark.columns) for row in benchmark.published)
 
 
 def test_the_constant_prediction_against_numpy(cache: Path) -> None:
@@ -232,16 +240,75 @@ def test_the_constant_prediction_against_numpy(cache: Path) -> None:
     assert 0 < evaluate(benchmark, benchmark.floor())["segmentation/PAcc"] < 100
 
 
-@pytest.mark.parametrize("encoder", ["small", "resnet18", "resnet50"])
-def test_every_encoder_gives_full_size_maps(encoder: nyuv2.Encoder) -> None:
-    model = nyuv2.build_model(tuple(dense.TASKS), encoder, (72, 96)).eval()
+def test_libmtls_protocol(data: Path) -> None:
+    args = nyuv2.Args(data=data, protocol="deeplab", arch="ple", options=Options(method=("ew", "upgrad", "uw")))
+    benchmark = nyuv2.make_benchmark(args)
+    assert (benchmark.epochs, benchmark.batch_size, benchmark.last, benchmark.augment) == (200, 4, 0, None)
+    assert benchmark.drop_last
+    optimizer = benchmark.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (1e-4, 1e-5)
+    assert benchmark.settings["encoder"] == "resnet50 (pretrained)"
+    # Equal weights on HPS come first: Delta-m is taken against them.
+    assert [row.name for row in benchmark.published] == ["hps ew (LibMTL)", "ew (LibMTL)", "uw (LibMTL)"]
+    assert benchmark.published[0].values["segmentation/mIoU"] == 54.10
+    assert nyuv2.make_benchmark(replace(args, arch="hps")).batch_size == 8
+
+
+def test_published_rows_have_their_delta_m() -> None:
+    """Of the papers' tables, and of LibMTL's against its HPS with equal weights (there by task, not by metric)."""
+    rows = published("mtan", "segnet_mtan", ("ew", "nash_mtl", "famo", "fairgrad"))
+    columns = {f"{task}/{m.name}": m.higher_is_better for task, ms in nyuv2.METRICS.items() for m in ms}
+    found = {row.name: delta_m(row.values, rows[0].values, columns) for row in rows}
+    expected = {"ew": 5.59, "nash_mtl": -4.04, "famo": -4.10, "fairgrad": -4.66}
+    assert {name: found[f"{name} (published)"] for name in expected} == pytest.approx(expected, abs=0.02)
+    base, row = published("deeplab", "mtan", ("gls",))
+    by_task = []
+    for task, metrics in nyuv2.METRICS.items():
+        higher = {f"{task}/{m.name}": m.higher_is_better for m in metrics}
+        by_task.append(-delta_m(row.values, base.values, higher))
+    assert np.mean(by_task) == pytest.approx(3.02, abs=0.01)
+
+
+@pytest.mark.parametrize("arch", nyuv2_models.ARCHS)
+def test_every_architecture_gives_full_size_maps(arch: nyuv2_models.Arch) -> None:
+    size = (64, 96)
+    choice = nyuv2_models.Choice(arch, nyuv2_models.default_encoder(arch), size, nyuv2.OUT_CHANNELS)
+    model = nyuv2.build_model(choice).eval()
     with torch.no_grad():
-        out = model(torch.zeros(1, 3, 72, 96))
-    assert {task: tuple(y.shape) for task, y in out.items()} == {
-        "segmentation": (1, 13, 72, 96),
-        "depth": (1, 1, 72, 96),
-        "normal": (1, 3, 72, 96),
-    }
+        out = model(torch.zeros(1, 3, *size))
+    shapes = {"segmentation": (1, 13, *size), "depth": (1, 1, *size), "normal": (1, 3, *size)}
+    assert {task: tuple(y.shape) for task, y in out.items()} == shapes
+
+
+@pytest.mark.parametrize("encoder", ["stages", "resnet18", "resnet50", "segnet"])
+def test_every_encoder_gives_full_size_maps(encoder: nyuv2_models.EncoderName) -> None:
+    choice = nyuv2_models.Choice("mmoe", encoder, (64, 96), {"depth": 1}, options={"num_experts": 1})
+    with torch.no_grad():
+        assert nyuv2.build_model(choice).eval()(torch.zeros(1, 3, 64, 96))["depth"].shape == (1, 1, 64, 96)
+
+
+def test_what_cannot_be_built_is_refused() -> None:
+    def refused(message: str, arch: str, encoder: str, **options: Any) -> None:
+        with pytest.raises(RecipeError, match=message):
+            nyuv2.build_model(
+                nyuv2_models.Choice(arch, encoder, (64, 96), {"depth": 1}, **options)  # type: ignore[arg-type]
+            )
+
+    refused("cuts its encoder into stages, which segnet has none of", "ple", "segnet")
+    refused("segnet_mtan is a SegNet", "segnet_mtan", "resnet50")
+    refused("stages has no published weights", "hps", "stages", pretrained=True)
+    refused("MMoE has no option 'k'", "mmoe", "small", options={"k": 2})
+
+
+def test_the_schedules_inside_architectures() -> None:
+    ltb = nyuv2.build_model(nyuv2_models.Choice("ltb", "stages", (16, 16), {"a": 1, "b": 1}))
+    nyuv2.anneal(ltb, 0, 200)
+    assert ltb.temperature.isinf()
+    nyuv2.anneal(ltb, 99, 200)
+    assert float(ltb.temperature) == 1.0
+    adashare = nyuv2.build_model(nyuv2_models.Choice("adashare", "stages", (16, 16), {"a": 1}))
+    nyuv2.anneal(adashare, 2, 200)
+    assert float(adashare.temperature) == pytest.approx(5 * 0.965**2)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

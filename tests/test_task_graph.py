@@ -207,8 +207,13 @@ def test_its_names_are_no_trap() -> None:
 def test_the_graph_and_its_picture(tmp_path: Any) -> None:
     model = TaskGraph(readme(), ["Task1", "Task2", "Task3"])
     expected = nx.DiGraph(
-        [("root", "Embed1"), ("root", "Embed2"), ("Embed1", "CatTask"), ("Embed2", "CatTask")]
-        + [("Embed1", "Task1"), ("Embed2", "Task2"), ("CatTask", "FNN"), ("FNN", "Task3")]
+        {
+            "root": ["Embed1", "Embed2"],
+            "Embed1": ["CatTask", "Task1"],
+            "Embed2": ["CatTask", "Task2"],
+            "CatTask": ["FNN"],
+            "FNN": ["Task3"],
+        }
     )
     assert nx.utils.edges_equal(model.graph().edges, expected.edges, directed=True)
     assert model.draw(tmp_path / "graph.png").stat().st_size > 5000

@@ -80,11 +80,16 @@ class Benchmark:
     augment: Callable[[Sample, np.random.Generator], Sample] | None = None
     """drawn from (seed, epoch, index) alone"""
     last: int = 1
-    """the reported metrics are the mean over so many last epochs"""
+    """the reported metrics are the mean over so many last epochs; 0: those of the epoch with the best Delta-m against
+    the first, which looks at the test set"""
+    drop_last: bool = False
+    """whether an epoch leaves out a last batch that is smaller"""
+    each_epoch: Callable[[Any, int, int], None] | None = None
+    """called with model, epoch (from 0) and number of epochs as an epoch begins: schedules inside the model"""
     floor: Callable[[], Predictor] | None = None
     """the predictor that has seen no input, the table's first row"""
-    published: Row | None = None
-    """the published single-task row that Delta-m is taken against"""
+    published: tuple[Row, ...] = ()
+    """published rows, shown in the table; Delta-m is taken against the first"""
     pictures: Callable[[Predictor, Path, str], None] | None = None
     """(predictor, folder, title) -> pictures in that folder"""
     settings: Mapping[str, Any] = field(default_factory=dict)

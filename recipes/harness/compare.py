@@ -3,7 +3,7 @@
 import ast
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -69,15 +69,15 @@ def compare(benchmark: Benchmark, options: Options, console: Console | None = No
     floor = Row("constant prediction", _floor(benchmark, device))
     runs = _train_all(benchmark, options, surgeries, out, device, console)
     trained = [Row(name, reported(parts, run.history), _seconds(run)) for name, (parts, run) in runs.items()]
-    rows = [row for row in (floor, benchmark.published) if row is not None and row.values]
-    baseline = benchmark.published or trained[0]
+    rows = [row for row in (floor, *benchmark.published) if row.values]
+    baseline = benchmark.published[0] if benchmark.published else trained[0]
     if options.single_task:
         alone = [row for row in trained if row.name.startswith("single-task ")]
         baseline = Row("single tasks", {key: value for row in alone for key, value in row.values.items()}, None)
         trained = [baseline, *(row for row in trained if row not in alone)]
     rows += trained
     columns = benchmark.columns
-    over = f", mean of the last {benchmark.last} epochs" if benchmark.last > 1 else ""
+    over = {0: ", the best on the test set", 1: ""}.get(benchmark.last, f", mean of the last {benchmark.last} epochs")
     title = f"{benchmark.name}, {benchmark.description}: test metrics after {benchmark.epochs} epochs{over}"
     report.write_table(rows, columns, baseline, out / "table.csv")
     histories = {name: run.history for name, (_, run) in runs.items()}
@@ -151,20 +151,31 @@ def _surgeries(options: Options) -> dict[str, Surgery]:
 def parse_hparams(texts: Sequence[str], method: str, known: dict[str, set[str]]) -> dict[str, Any]:
     """`c=0.4` where the method has a c (or no named method has: the library then objects), or `cagrad.c=0.4`."""
     chosen = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise RecipeError(f"--hparam {text}: expected name=value, as in c=0.4 or cagrad.c=0.4.")
+    for text, (key, value) in zip(texts, _pairs("--hparam", texts, "c=0.4 or cagrad.c=0.4"), strict=True):
         owner, dot, name = key.rpartition(".")
         if dot and owner not in known:
             raise RecipeError(f"--hparam {text}: {owner!r} is not among the methods of this run ({', '.join(known)}).")
         mine = owner == method if dot else name in known[method] or not any(name in names for names in known.values())
         if mine:
-            try:
-                chosen[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                chosen[name] = value
+            chosen[name] = value
     return chosen
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Options of an architecture, `num_experts=4`."""
+    return dict(_pairs("--arch-option", texts, "num_experts=4"))
+
+
+def _pairs(flag: str, texts: Sequence[str], example: str) -> Iterator[tuple[str, Any]]:
+    """Names with their values, Python literals or else text."""
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"{flag} {text}: expected name=value, as in {example}.")
+        try:
+            yield key, ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            yield key, value
 
 
 def _folder(options: Options, benchmark: Benchmark, console: Console) -> Path:

@@ -19,8 +19,9 @@ def size(data: Dataset[Any]) -> int:
 
 
 def steps_per_epoch(benchmark: Benchmark) -> int:
-    """The last batch may be smaller; none is dropped."""
-    return -(-size(benchmark.train) // benchmark.batch_size)
+    """The last batch may be smaller, unless such a one is dropped."""
+    full, rest = divmod(size(benchmark.train), benchmark.batch_size)
+    return full + (rest > 0 and not benchmark.drop_last)
 
 
 def epoch_batches(
@@ -51,7 +52,8 @@ def train_batches(
 ) -> Iterator[Sample]:
     """The batches of one epoch from step `start` on, on `device`; those of another `draw` have their own order."""
     batches = epoch_batches(size(benchmark.train), benchmark.batch_size, seed=seed, epoch=epoch, start=start, draw=draw)
-    return _load(_Augmented(benchmark, seed, draw), list(batches), device, workers)
+    wanted = list(batches)[: steps_per_epoch(benchmark) - start]
+    return _load(_Augmented(benchmark, seed, draw), wanted, device, workers)
 
 
 def _extra(draw: int) -> tuple[int, ...]:

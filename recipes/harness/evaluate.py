@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gradsurgery.recipes.harness.benchmark import Benchmark, Predictor
 from gradsurgery.recipes.harness.data import test_batches
+from gradsurgery.recipes.harness.metrics import delta_m
 
 
 @torch.no_grad()
@@ -48,6 +49,12 @@ def evaluate(
 
 
 def reported(benchmark: Benchmark, history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of the test metrics over the last `benchmark.last` epochs."""
-    rows = history[-benchmark.last :]
+    """The test metrics that `benchmark.last` chooses: a mean over last epochs, or the best epoch."""
+    rows = history[-benchmark.last :] if benchmark.last else [best(benchmark, history)]
     return {key: float(np.mean([row[key] for row in rows])) for key in benchmark.columns}
+
+
+def best(benchmark: Benchmark, history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The epoch with the lowest Delta-m against the first."""
+    higher = {key: m.higher_is_better for key, m in benchmark.columns.items() if history[0][key]}
+    return min(history, key=lambda row: delta_m(row, history[0], higher))

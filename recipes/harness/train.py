@@ -137,6 +137,8 @@ def train(
     with _stop_requests() as stop, board:
         progress.start(run.name, run.epoch, run.step, benchmark.epochs, steps_per_epoch(benchmark))
         while run.epoch < benchmark.epochs:
+            if benchmark.each_epoch is not None:
+                benchmark.each_epoch(parts.model, run.epoch, benchmark.epochs)
             # Methods that learn from independent batches get orders of their own for them.
             draws = 3 if Needs.CROSS in get_method(surgery.method).needs else 1
             batches = [
