@@ -159,8 +159,10 @@ def draw_flow(model: Architecture, x: Tensor, path: str | Path) -> Path:
     axes.set(xlim=(-0.5, width - 0.5), ylim=(-0.6, height - 0.4))
     colour = dict(zip((None, *model.tasks), COLOURS, strict=False))
     for a, b in sorted(flow.edges):
-        arrow = {"arrowstyle": "-|>", "color": "0.45", "lw": 0.8, "shrinkA": 0, "shrinkB": 0}
         (x0, y0), (x1, y1) = place[a], place[b]
+        # One that passes other columns goes round what lies on its way.
+        bend = "arc3,rad=-0.25" if x1 - x0 > 1 else "arc3"
+        arrow = {"arrowstyle": "-|>", "color": "0.45", "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "connectionstyle": bend}
         axes.annotate("", (x1 - 0.4, y1), (x0 + 0.4, y0), arrowprops=arrow)
     for part, (column, row) in place.items():
         box = {"boxstyle": "round,pad=0.35", "facecolor": colour.get(flow.parts[part], "white"), "edgecolor": "0.4"}

@@ -1,6 +1,7 @@
 """What each architecture costs: parameters, operations, seconds and memory of a training step, relative to HPS.
 
     python -m benchmarks.architectures [--tasks 3] [--rounds 9] [--libmtl PATH] [--out NAME]
+    python -m benchmarks.architectures --draw    # docs/architectures/*.png, the data flow of each
 
 Every one has ResNet-18 for an encoder (SegNetMTAN its SegNet), T heads of one linear map after pooling, and steps on
 the same 16 images of 64 x 64 with the sum of the losses, so that the method costs nothing. Experts are 3 of MMoE, 4 of
@@ -23,14 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import resnet18
 
 from benchmarks import libmtl
 from benchmarks.contenders import Step
 from benchmarks.memory import MALLOC, peak
 from benchmarks.overhead import timed
+from benchmarks.pictures import DOCS
 from benchmarks.record import RESULTS, commit, in_words, machine, markdown, write
-from gradsurgery.architectures import Architecture, build, list_architectures, segnet_head, split_stages
+from gradsurgery.architectures import Architecture, Stages, build, list_architectures, segnet_head, split_stages
+from gradsurgery.architectures.flow import draw_flow
 
 CLASSES, WIDTH, BATCH, SIZE = 10, 512, 16, 64
 OPTIONS: dict[str, dict[str, Any]] = {"dselect_k": {"num_experts": 4}, "ple": {"stem": 0}}
@@ -57,6 +59,8 @@ def head() -> nn.Module:
 
 def ours(name: str, T: int) -> Architecture:
     """From `gradsurgery.architectures`."""
+    from torchvision.models import resnet18
+
     tasks = names(T)
     if name == "segnet_mtan":
         pooled = {task: nn.Sequential(segnet_head(CLASSES), nn.AdaptiveAvgPool2d(1), nn.Flatten()) for task in tasks}
@@ -182,14 +186,52 @@ def report(content: Mapping[str, Any]) -> str:
     return "\n\n".join([str(content["machine"]), markdown(header, rows), *(["\n".join(lines)] if lines else [])])
 
 
+def draw(folder: Path = DOCS / "architectures") -> list[Path]:
+    """Every architecture's data flow, of two tasks on a stem and two stages of two blocks."""
+
+    def stages() -> Stages:
+        stem, *later = [
+            nn.Sequential(nn.Conv2d(i, o, 3, 2, padding=1), nn.BatchNorm2d(o), nn.ReLU())
+            for i, o in ((3, 4), (4, 6), (6, 8))
+        ]
+        return Stages([stem, *(nn.Sequential(down, _Residual(down[0].out_channels)) for down in later)])
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name in list_architectures():
+        tasks = ("ctr", "cvr") if name == "esmm" else ("depth", "normal")
+        heads = {task: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1)) for task in tasks}
+        options: dict[str, Any] = {"stem": 1} if name in ("mmoe", "cgc", "dselect_k") else {}
+        if name == "segnet_mtan":
+            heads, options = {task: segnet_head(1, 2) for task in tasks}, {"widths": (2, 3, 4)}
+        model = build(name, None if name == "segnet_mtan" else stages, heads, **options)
+        drawn.append(draw_flow(model, torch.randn(2, 3, 32, 32), folder / f"{name}.png"))
+    return drawn
+
+
+class _Residual(nn.Module):
+    """h + f(h)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--libmtl", type=Path, metavar="PATH", help="a checkout of LibMTL")
     parser.add_argument("--out", help="name of a result file in benchmarks/results; none is written without it")
+    parser.add_argument("--draw", action="store_true", help="pictures for architectures/README.md, and nothing else")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.draw:
+        print(*draw())
+        return
     if args.child:
         print(json.dumps(above(makers(args.tasks, args.libmtl)[args.child])))
         return

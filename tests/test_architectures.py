@@ -1,9 +1,14 @@
 """One suite over every architecture: shapes, who owns which parameter, gradients, copies, precision, compilation."""
 
 import copy
+import doctest
+import importlib
 import pickle
+import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from gradsurgery import MTLOptimizer
+from gradsurgery import MTLOptimizer, architectures
 from gradsurgery.architectures import (
     Architecture,
     PerTask,
@@ -22,6 +27,7 @@ from gradsurgery.architectures import (
     segnet_head,
     split_stages,
 )
+from gradsurgery.architectures.flow import data_flow, draw_flow, label
 from gradsurgery.architectures.stages import pool
 
 TASKS = {"depth": 1, "seg": 3, "normal": 2}
@@ -321,3 +327,48 @@ def test_names_and_options_are_checked() -> None:
     for name in list_architectures():
         with pytest.raises(ValueError, match="`decoders` is empty|has the towers"):
             build(name, None if name == "segnet_mtan" else maps, {})
+
+
+@pytest.mark.parametrize("module", [m.name for m in pkgutil.iter_modules(architectures.__path__)])
+def test_docstring_examples(module: str) -> None:
+    assert not doctest.testmod(importlib.import_module(f"gradsurgery.architectures.{module}")).failed
+
+
+@names
+def test_the_flow_is_what_feeds_what(name: str, tmp_path: Path) -> None:
+    model, x = make(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    flow = data_flow(model, x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    fed = {b for _, b in flow.edges}
+    assert set(flow.parts) - fed <= {"x", *(part for part in flow.parts if "gate" in part)}
+    assert all(flow.parts[task] == task and task in fed for task in model.tasks)
+    # From the input, every part can be reached that has no choice of its own to make.
+    reached, ahead = {"x"}, ["x"]
+    while ahead:
+        part = ahead.pop()
+        new = {b for a, b in flow.edges if a == part} - reached
+        reached |= new
+        ahead += new
+    assert reached == set(flow.parts)
+    assert draw_flow(model, x, tmp_path / "flow.png").stat().st_size > 2000
+
+
+def test_the_flow_of_cross_stitch() -> None:
+    model, x = make("cross_stitch", tasks={"a": 1, "b": 1})
+    flow = data_flow(model, x)
+    across = {("networks.0.stages.1", "networks.1.stages.2"), ("networks.1.stages.2", "decoders.a")}
+    assert across <= flow.edges
+    # The stem is not stitched.
+    assert ("networks.0.stages.0", "networks.1.stages.1") not in flow.edges
+    assert flow.parts["decoders.a"] == "a" and flow.parts["networks.0.stages.0"] is None
+    assert label("networks.0.stages.1") == "network 0 stage 1" and label("encoder.stages.1.1") == "stage 1 1"
+
+
+def test_the_readme_of_the_zoo() -> None:
+    text = (Path(__file__).parent.parent / "architectures" / "README.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "README.md", "exec"), {})
+    for name in list_architectures():
+        assert f"**`{name}`**" in text and f"docs/architectures/{name}.png" in text
+        assert (Path(__file__).parent.parent / "docs" / "architectures" / f"{name}.png").exists()

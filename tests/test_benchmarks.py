@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -225,5 +226,21 @@ def test_imports_are_late() -> None:
     code = (
         "import sys; sys.modules['torchjd'] = sys.modules['matplotlib'] = sys.modules['torchvision'] = None\n"
         "import benchmarks, benchmarks.overhead, benchmarks.memory, benchmarks.agreement, benchmarks.pictures\n"
+        "import benchmarks.architectures\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parent.parent)
+
+
+def test_what_architectures_cost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks import architectures
+
+    monkeypatch.setattr(architectures, "memory", lambda name, args: None)
+    monkeypatch.setattr(architectures, "list_architectures", lambda: ["hps", "mtan", "esmm"])
+    monkeypatch.setattr(architectures, "BATCH", 2)
+    found = architectures.run(Namespace(tasks=2, rounds=2, libmtl=None))
+    assert found["results"].keys() == {"hps", "mtan", "esmm"} and not found["declined"]
+    assert found["results"]["mtan"]["flops"] > found["results"]["hps"]["flops"] > 0
+    text = architectures.report(found)
+    assert "| hps | 11.19 | 1.00 | 1.00 |" in text
+    assert architectures.above(lambda: architectures.ours("hps", 2)) > 3 * 11.19e6 / 2**20
+    assert [path.name for path in architectures.draw(tmp_path)] == ["hps.png", "mtan.png", "esmm.png"]

@@ -119,7 +119,10 @@ def test_every_package_is_listed_in_pyproject() -> None:
 
 def test_the_core_imports_without_any_extra() -> None:
     extras = ["torchvision", "torchmetrics", "tyro", "rich", "matplotlib", "tensorboard", "sklearn", "cvxpy", "triton"]
-    code = f"import sys\nfor name in {extras}: sys.modules[name] = None\nimport gradsurgery; gradsurgery.MTLOptimizer"
+    code = (
+        f"import sys\nfor name in {extras}: sys.modules[name] = None\n"
+        "import gradsurgery; gradsurgery.MTLOptimizer\nimport gradsurgery.architectures"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
 
 
