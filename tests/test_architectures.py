@@ -18,7 +18,10 @@ from torchvision.models import VisionTransformer
 
 from gradsurgery import MTLOptimizer, architectures
 from gradsurgery.architectures import (
+    CGC,
     Architecture,
+    DSelectK,
+    MMoE,
     PerTask,
     Stages,
     TaskGraph,
@@ -27,7 +30,9 @@ from gradsurgery.architectures import (
     segnet_head,
     split_stages,
 )
+from gradsurgery.architectures.dselect_k import SelectorGate
 from gradsurgery.architectures.flow import data_flow, draw_flow, label
+from gradsurgery.architectures.gates import Gate
 from gradsurgery.architectures.stages import pool
 
 TASKS = {"depth": 1, "seg": 3, "normal": 2}
@@ -312,6 +317,31 @@ def test_compiles_whole(name: str, training: bool) -> None:
     for task, y in found.items():
         if name not in ("ltb", "adashare") or not training:
             torch.testing.assert_close(y, expected[task], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "family"), [c for c in CASES if c[0] in ("mmoe", "cgc", "ple", "dselect_k")])
+def test_gates_are_on_the_simplex(name: str, family: str) -> None:
+    options = {"stem": 0 if family == "vectors" else 1} if name != "dselect_k" else {"num_experts": 4}
+    model, x = make(name, family, **options)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.5)
+    found = [
+        module(torch.randn(7, module.linear.in_features)) for module in model.modules() if isinstance(module, Gate)
+    ]
+    found += [m(torch.randn(7, m.bits.in_features)) for m in model.modules() if isinstance(m, SelectorGate)]
+    if isinstance(model, MMoE | CGC | DSelectK):
+        found += [model.gate_weights(model.representation(x), task) for task in model.tasks]
+    assert len(found) >= 3
+    for weights in found:
+        assert (weights >= 0).all()
+        torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
+
+
+@names
+def test_nothing_stays_behind_on_another_device(name: str) -> None:
+    model, x = make(name)
+    outputs = model.to("meta")(x.to("meta"))
+    assert all(y.is_meta for y in outputs.values())
 
 
 def test_names_and_options_are_checked() -> None:

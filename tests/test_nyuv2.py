@@ -403,6 +403,16 @@ def test_real_data_and_its_mistakes_on_the_command_line(
     assert "STL (published)" in out and "38.30" in out and "mean of the last 2 epochs" in out
     assert "lr halved every 100 epochs" in out and "batch 2" in out
 
+    # Another architecture, by LibMTL's protocol, whose row and baseline stand beside it.
+    options = ("--protocol", "deeplab", "--pretrained", "False", "--encoder", "stages", "--batch-size", 2)
+    chosen = ("--arch", "mmoe", "--arch-option", "num_experts=2", "stem=1", "--epochs", 2, "--method", "ew")
+    code, out, _ = main("--data", root, "--out", tmp_path / "mmoe", *options, *chosen)
+    assert code == 0
+    assert "hps ew (LibMTL)" in out and "53.02" in out and "the best on the test set" in out
+    assert "arch mmoe num_experts=2 stem=1" in out and "weight decay 1e-05" in out
+
+    code, _, err = main("--data", root, "--arch", "ple", "--out", tmp_path / "ple", *small)
+    assert code == 2 and "cuts its encoder into stages, which small has none of" in err
     code, _, err = main("--data", tmp_path / "nowhere", *small)
     assert code == 2 and "nowhere is missing: expected" in err
     code, _, err = main("--data", root, "--out", tmp_path / "other", "--encoder", "small", "--method", "pcgrat")
