@@ -90,10 +90,11 @@ class AdaShare(Architecture):
         return torch.stack([self.logits[task].log_softmax(-1)[:, 0].sum() for task in self.tasks]).sum()
 
     def sharing(self) -> Tensor:
-        """() `sum (L - l) / L |u_l of one task - u_l of another|` over blocks l = 0, 1, ... and pairs of tasks."""
+        """() `sum (L - l) / L |u_l of one task - u_l of another|` over blocks l = 1..L and pairs of tasks (eq. 5; the
+        authors' code weighs by l / L, which asks for the same blocks late instead of early)."""
         policies = [self.policy(task) for task in self.tasks]
         L = len(policies[0])
-        weights = torch.arange(L, 0, -1, device=policies[0].device) / L
+        weights = torch.arange(L - 1, -1, -1, device=policies[0].device) / L
         pairs = [(weights * (a - b).abs()).sum() for a, b in combinations(policies, 2)]
         return torch.stack(pairs).sum() if pairs else policies[0].new_zeros(())
 

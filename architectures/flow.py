@@ -137,10 +137,9 @@ def _sources(y: Tensor, owner: Mapping[Any, str]) -> set[str]:
 def label(name: str) -> str:
     """A module's path in words: ``networks.0.stages.1`` is "network 0 stage 1"."""
     words = [PLURALS.get(word, word.replace("_", " ")) for word in name.split(".")]
-    kept = [
-        word for before, word in pairwise(["", *words]) if word and word != before and word not in ("encoder", "net")
-    ]
-    return " ".join(kept) or name
+    pairs = pairwise(["", *words])
+    kept = [w for before, w in pairs if w not in ("", "encoder", "net") and (w != before or w.isdigit())]
+    return " ".join(kept).replace("expert stem", "stem") or name
 
 
 def draw_flow(model: Architecture, x: Tensor, path: str | Path) -> Path:

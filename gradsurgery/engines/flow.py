@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+# Whether vmap may loop over an operator is told to all of the process.
+_LOCK = threading.RLock()
 
 # What is to be done with the gradients (K, *shape) that pass a point.
 See = Callable[[Tensor], None]
@@ -66,7 +70,7 @@ def flow(
     K = len(seeds[0])
     _load_decompositions()
     # What `torch.vmap` does, without its flattening of nested arguments, which takes a third of a small pass.
-    with _fallback(allowed=fallback), _level(K) as level:
+    with _LOCK, _fallback(allowed=fallback), _level(K) as level:
         entering = [_functorch._add_batch_dim(seed, 0, level) for seed in seeds]
         found = torch.autograd.grad(edges, inputs, entering, retain_graph=retain, allow_unused=True)  # pyright: ignore
         return [None if g is None else _functorch._remove_batch_dim(g, level, K, 0) for g in found]
