@@ -3,12 +3,12 @@
 Sun, Panda, Feris, Saenko, "AdaShare: Learning What To Share For Efficient Deep Multi-Task Learning", NeurIPS 2020,
 https://arxiv.org/abs/1911.12423, section 3: a select-or-skip decision for each block and task, drawn by the
 Gumbel-softmax (eq. 2), and two penalties, for few blocks (eq. 4) and for the same ones in early layers (eq. 5), which
-are the caller's to add. The first block of a stage may change shapes and always runs. The paper's two phases are the
-caller's too: train weights and policies, then `harden()` and train the weights.
+are the caller's to add. The first stage, the first block of each, which may change shapes, and blocks without weights
+always run. The paper's two phases are the caller's too: train weights and policies, then `harden()` and train on.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any, final
 
 import torch
@@ -41,9 +41,15 @@ class AdaShare(Architecture):
         super().__init__(decoders)
         self.decoders = decoders_of("AdaShare", decoders)
         (self.encoder,) = fresh_stages(encoder, 1)
-        blocks = sum(len(stage) - 1 for stage in self.encoder)
+        self.skippable = tuple(
+            tuple(_can_be_skipped(i, j, block) for j, block in enumerate(stage)) for i, stage in enumerate(self.encoder)
+        )
+        blocks = sum(map(sum, self.skippable))
         if not blocks:
-            raise ValueError("Every stage of this encoder is one block, which always runs: there is nothing to skip.")
+            raise ValueError(
+                "There is nothing to skip: the first stage and the first block of each always run, and there is no "
+                "other block with weights."
+            )
         self.logits = nn.ParameterDict({task: torch.zeros(blocks, 2) for task in decoders})
         self.start = float(temperature)
         self.register_buffer("temperature", torch.tensor(self.start))
@@ -72,18 +78,21 @@ class AdaShare(Architecture):
         else:
             runs = (logits[:, 0] >= logits[:, 1]).to(logits.dtype)
         h, decisions = x, iter(runs)
-        for first, *rest in self.encoder:
-            h = first(h)
-            for block in rest:
-                u = next(decisions)
-                h = u * block(h) + (1 - u) * h
+        for stage, skippable in zip(self.encoder, self.skippable, strict=True):
+            for block, may in zip(stage, skippable, strict=True):
+                y = block(h)
+                if may:
+                    u = next(decisions)
+                    y = u * y + (1 - u) * h
+                h = y
         return h
 
     def network(self, task: str) -> nn.Sequential:
         """What a task runs at evaluation, with its decoder: the model's own modules, without the skipped blocks."""
         decisions = iter((self.policy(task) >= 0.5).tolist())
-        blocks = [[first, *(block for block in rest if next(decisions))] for first, *rest in self.encoder]
-        return nn.Sequential(*(block for stage in blocks for block in stage), self.decoders[task])
+        blocks = [block for stage in self.encoder for block in stage]
+        pairs = zip(blocks, chain.from_iterable(self.skippable), strict=True)
+        return nn.Sequential(*(block for block, may in pairs if not may or next(decisions)), self.decoders[task])
 
     def sparsity(self) -> Tensor:
         """() `sum log u` over blocks and tasks, with u the probability that a block is run."""
@@ -104,3 +113,7 @@ class AdaShare(Architecture):
     def task_parts(self, task: str) -> Iterable[Part]:
         logits: Any = self.logits[task]
         return logits, self.decoders[task]
+
+
+def _can_be_skipped(stage: int, place: int, block: nn.Module) -> bool:
+    return stage > 0 and place > 0 and any(p.ndim > 1 for p in block.parameters())

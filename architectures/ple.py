@@ -74,7 +74,8 @@ class PLE(Architecture):
         )
 
     def features(self, x: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
-        paths = dict.fromkeys((SHARED, *self.tasks), self.stem(x))
+        entering: Tensor = self.stem(x)
+        paths: dict[str, Tensor] = dict.fromkeys((SHARED, *self.tasks), entering)
         for level in self.levels:
             paths = level(paths, (*tasks,) if level is self.levels[-1] else self.tasks)
         return paths

@@ -67,7 +67,7 @@ class SegNet(nn.Module):
             h, at = F.max_pool2d(found.down[-1], 2, return_indices=True)
             places.append(at)
         for rise, refine, at in reversed(list(zip(self.rise, self.refine, places, strict=True))):
-            found.up.insert(0, F.max_unpool2d(h, at, 2))
+            found.up.insert(0, F.max_unpool2d(h, at, [2, 2]))
             h = refine(rise(found.up[0]))
             found.out.insert(0, h)
         return found

@@ -50,15 +50,14 @@ class SegNetMTAN(Architecture):
     def _attended(self, found: Scales, task: str) -> Tensor:
         down_masks: Any = self.down_masks[task]
         up_masks: Any = self.up_masks[task]
-        a: Tensor | None = None
+        # The finest mask reads u alone.
+        a = found.within[0][:, :0]
         for mask, between, u, p in zip(down_masks, self.down_between, found.within, found.down, strict=True):
-            a = mask(u if a is None else torch.cat([u, a], 1)) * p
-            a = F.max_pool2d(between(a), 2)
+            a = F.max_pool2d(between(mask(torch.cat([u, a], 1)) * p), 2)
         ways = list(zip(up_masks, self.up_between, found.up, found.out, strict=True))
         for mask, between, u, p in reversed(ways):
             before = between(F.interpolate(a, scale_factor=2.0, mode="bilinear", align_corners=True))
             a = mask(torch.cat([u, before], 1)) * p
-        assert a is not None
         return a
 
     def predict(self, z: dict[str, Tensor], task: str) -> Tensor:

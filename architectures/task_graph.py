@@ -113,11 +113,12 @@ class TaskGraph(Architecture):
         from matplotlib.figure import Figure
 
         graph = self.graph()
-        for depth, names in enumerate(nx.topological_generations(graph)):
+        generations = list(nx.topological_generations(graph))
+        for depth, names in enumerate(generations):
             for name in names:
                 graph.nodes[name]["depth"] = depth
         place = nx.multipartite_layout(graph, subset_key="depth")
-        figure = Figure(figsize=(1.8 * (1 + depth), 3.2), layout="constrained")
+        figure = Figure(figsize=(1.8 * len(generations), 3.2), layout="constrained")
         axes = figure.add_subplot()
         axes.axis("off")
         axes.margins(0.15)

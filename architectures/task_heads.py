@@ -102,10 +102,10 @@ class TaskHeads(Architecture):
         return Routed({task: self.decoders[task](z[at[task]]) for task in present}, at)
 
     def _names(self, task_ids: Any, batch: int) -> list[str]:
-        single = isinstance(task_ids, int | str) or (isinstance(task_ids, Tensor) and not task_ids.ndim)
         given = task_ids.tolist() if isinstance(task_ids, Tensor) else task_ids
-        names = [task if isinstance(task, str) else self.ids.get(task) for task in ([given] if single else given)]
-        for name, task in zip(names, [given] if single else given, strict=True):
+        ids = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * batch
+        names = {task: task if isinstance(task, str) else self.ids.get(task, "") for task in ids}
+        for task, name in names.items():
             if name not in self.decoders:
                 raise ValueError(f"No task has the id {task!r}: there are {self.ids}.")
-        return names * (batch if single else 1)  # pyright: ignore[reportReturnType]
+        return [names[task] for task in ids]

@@ -42,8 +42,8 @@ def _blocks(stage: nn.Module) -> list[nn.Module]:
 def _of_vit(net: VisionTransformer, groups: int) -> dict[str, Any]:
     layers = _blocks(net.encoder.layers)
     bounds = [round(i * len(layers) / groups) for i in range(groups + 1)]
-    stages: list[nn.Module] = [nn.Sequential(*layers[a:b]) for a, b in pairwise(bounds) if a < b]
-    stages = [_Embedding(net), *stages[:-1], _ending(stages[-1], net.encoder.ln)]
+    grouped = [nn.Sequential(*layers[a:b]) for a, b in pairwise(bounds) if a < b]
+    stages = [_Embedding(net), *grouped[:-1], _ending(grouped[-1], net.encoder.ln)]
     return {"stages": stages, "widths": [net.hidden_dim] * len(stages), "layout": "rows", "in_width": 3}
 
 
