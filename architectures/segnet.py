@@ -66,8 +66,8 @@ class SegNet(nn.Module):
             found.down.append(deepen(found.within[-1]))
             h, at = F.max_pool2d(found.down[-1], 2, return_indices=True)
             places.append(at)
-        for rise, refine, at in reversed(list(zip(self.rise, self.refine, places, strict=True))):
-            found.up.insert(0, F.max_unpool2d(h, at, [2, 2]))
+        for rise, refine, at, down in reversed(list(zip(self.rise, self.refine, places, found.down, strict=True))):
+            found.up.insert(0, F.max_unpool2d(h, at, [2, 2], output_size=down.shape[-2:]))
             h = refine(rise(found.up[0]))
             found.out.insert(0, h)
         return found

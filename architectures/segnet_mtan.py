@@ -56,7 +56,7 @@ class SegNetMTAN(Architecture):
             a = F.max_pool2d(between(mask(torch.cat([u, a], 1)) * p), 2)
         ways = list(zip(up_masks, self.up_between, found.up, found.out, strict=True))
         for mask, between, u, p in reversed(ways):
-            before = between(F.interpolate(a, scale_factor=2.0, mode="bilinear", align_corners=True))
+            before = between(F.interpolate(a, size=u.shape[-2:], mode="bilinear", align_corners=True))
             a = mask(torch.cat([u, before], 1)) * p
         return a
 
