@@ -25,11 +25,11 @@ class Mixture(NamedTuple):
 
 @final
 class Gate(nn.Module):
-    """`softmax(W h + b)` over E experts, of pooled features h (B, C)."""
+    """`softmax(W h)` over E experts, of pooled features h (B, C)."""
 
     def __init__(self, width: int, experts: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, experts)
+        self.linear = nn.Linear(width, experts, bias=False)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(B, E), of which each row is on the simplex."""

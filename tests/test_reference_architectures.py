@@ -598,19 +598,19 @@ def total(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("stem", [0, 1])
 def test_sizes_of_mixtures(stem: int) -> None:
-    """Gates with a bias an expert, see `test_gates_are_linear`."""
+    """Gates without a bias, as the papers have them."""
     S, d = sizes(), (3, WIDTHS[0])[stem]
     common, expert = sum(S[:stem]), sum(S[stem:])
     model = make(MMoE, num_experts=5, stem=stem)
-    assert total(model) - heads_size(model) == common + 5 * expert + T * (d + 1) * 5
+    assert total(model) - heads_size(model) == common + 5 * expert + T * d * 5
     model = make(CGC, shared_experts=3, task_experts=2, stem=stem)
-    assert total(model) - heads_size(model) == common + (3 + 2 * T) * expert + T * (d + 1) * (3 + 2)
+    assert total(model) - heads_size(model) == common + (3 + 2 * T) * expert + T * d * (3 + 2)
     model = make(PLE, shared_experts=3, task_experts=2, stem=stem)
     read, expected = (3, *WIDTHS), common
     for level in range(stem, 3):
-        expected += (3 + 2 * T) * S[level] + T * (read[level] + 1) * (3 + 2)
+        expected += (3 + 2 * T) * S[level] + T * read[level] * (3 + 2)
         if level < 2:
-            expected += (read[level] + 1) * (3 + 2 * T)
+            expected += read[level] * (3 + 2 * T)
     assert total(model) - heads_size(model) == expected
 
 
