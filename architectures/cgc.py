@@ -54,8 +54,7 @@ class CGC(Architecture):
         self.gates = by_task({task: Gate(width, shared_experts + number) for task, number in numbers.items()})
 
     def features(self, x: Any, tasks: Sequence[str]) -> Mixture:
-        h, pooled = self.experts.enter(x)
-        return Mixture(self.experts(h), h, pooled)
+        return self.experts(x)
 
     def gate_weights(self, z: Mixture, task: str) -> Tensor:
         """(B, shared + own), on the simplex, of one shared input's representation."""

@@ -55,8 +55,7 @@ class DSelectK(Architecture):
         self.gates = by_task({task: SelectorGate(width, num_experts, k, gamma) for task in decoders})
 
     def features(self, x: Any, tasks: Sequence[str]) -> Mixture:
-        h, pooled = self.experts.enter(x)
-        return Mixture(self.experts(h), h, pooled)
+        return self.experts(x)
 
     def gate_weights(self, z: Mixture, task: str) -> Tensor:
         """(B, E), on the simplex if E is a power of 2 or training has driven `penalty` down."""

@@ -63,8 +63,7 @@ class Experts(nn.Module):
             )
         self.gate_width: int = width
 
-    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What experts are given, and (B, C) what gates read of it."""
+    def forward(self, x: Tensor) -> Mixture:
         h = self.stem(x)
         dim = self.channel_dim
         pooled = pool(h, (1 if h.ndim == 4 else -1) if dim is None else dim)
@@ -73,11 +72,7 @@ class Experts(nn.Module):
                 f"Gates were made for {self.gate_width} channels, and what enters the experts has {pooled.shape[1]}: "
                 "pass gate_width=."
             )
-        return h, pooled
-
-    def forward(self, h: Tensor) -> Tensor:
-        """(E, B, ...)."""
-        return stacked([expert(h) for expert in self.experts])
+        return Mixture(stacked([expert(h) for expert in self.experts]), h, pooled)
 
 
 def after_stem(encoder: nn.Module, stem: int) -> nn.Module:

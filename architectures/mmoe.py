@@ -51,8 +51,7 @@ class MMoE(Architecture):
         self.gates = by_task({task: Gate(self.experts.gate_width, num_experts) for task in decoders})
 
     def features(self, x: Any, tasks: Sequence[str]) -> Mixture:
-        h, pooled = self.experts.enter(x)
-        return Mixture(self.experts(h), h, pooled)
+        return self.experts(x)
 
     def gate_weights(self, z: Mixture, task: str) -> Tensor:
         """(B, E), on the simplex, of one shared input's representation."""

@@ -33,7 +33,7 @@ class Scales(NamedTuple):
 
 @final
 class SegNet(nn.Module):
-    """(B, 3, H, W) -> (B, widths[0], H, W), with H and W multiples of 32 for five scales.
+    """(B, 3, H, W) -> (B, widths[0], H, W), for H and W of 32 or more with five scales.
 
     Args:
         widths: channels by scale, the finest first.

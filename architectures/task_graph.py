@@ -2,10 +2,9 @@
 
 Bock, "torchMTL: A lightweight module for Multi-Task Learning in pytorch", 2020, https://doi.org/10.5281/zenodo.4362515.
 Its lists load unchanged, and `MTLModel` gives what its model gives. A graph that could not run is refused when it is
-made; only what outputs depend on is run, and nothing is kept of it. ``'auto'``
-weights are those of uncertainty weighting (Kendall, Gal, Cipolla, CVPR 2018), since a bare learned factor of a loss
-makes away with it: the weight w is positive, and the loss comes with the term `-log(w) / w` that gives w its optimum at
-1 / L.
+made; only what outputs depend on is run, and nothing is kept of it. ``'auto'`` weights are those of uncertainty
+weighting (Kendall, Gal, Cipolla, CVPR 2018), since a bare learned factor of a loss makes away with it: the weight w is
+positive, and the loss comes with the term `-log(w) / w` that gives w its optimum at 1 / L.
 """
 
 import difflib
@@ -65,7 +64,8 @@ class TaskGraph(Architecture):
         self.weights = {name: float(weight) for name, weight in weights.items() if weight != "auto"}
         starts = {layer["name"]: layer["loss_init_val"] for layer in layers if layer.get("loss_weight") == "auto"}
         self.log_weights = nn.ParameterDict({name: torch.tensor(float(w)).log() for name, w in starts.items()})
-        self.needed = {task: tuple(n for n in self.order if n in _ancestors(task, self.parents)) for task in outputs}
+        ancestors = {task: _ancestors(task, self.parents) for task in outputs}
+        self.needed = {task: tuple(name for name in self.order if name in ancestors[task]) for task in outputs}
         used = Counter(name for names in self.needed.values() for name in names)
         self.shared = tuple(name for name in self.order if used[name] > 1 and name != ROOT)
 

@@ -12,10 +12,8 @@ is the peak of the process over two steps beyond what it was before the model wa
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import libmtl
 from benchmarks.contenders import Step
-from benchmarks.memory import MALLOC, peak
+from benchmarks.memory import child, peak
 from benchmarks.overhead import timed
 from benchmarks.pictures import DOCS
-from benchmarks.record import RESULTS, commit, in_words, machine, markdown, write
+from benchmarks.record import commit, in_words, machine, markdown, write
 from gradsurgery.architectures import Architecture, Stages, build, list_architectures, segnet_head, split_stages
 from gradsurgery.architectures.flow import draw_flow
 
@@ -119,9 +117,10 @@ def makers(T: int, checkout: Path | None) -> dict[str, Callable[[], nn.Module]]:
 def memory(name: str, args: argparse.Namespace) -> float | None:
     """MiB, from a process of its own; None where that failed."""
     options = ["--child", name, "--tasks", str(args.tasks)] + (["--libmtl", str(args.libmtl)] if args.libmtl else [])
-    command = [sys.executable, "-m", "benchmarks.architectures", *options]
-    run = subprocess.run(command, env=os.environ | MALLOC, cwd=RESULTS.parent.parent, capture_output=True, text=True)
-    return None if run.returncode else json.loads(run.stdout.splitlines()[-1])
+    try:
+        return child("benchmarks.architectures", *options)
+    except subprocess.CalledProcessError:
+        return None
 
 
 def above(make: Callable[[], nn.Module]) -> float:
@@ -129,7 +128,7 @@ def above(make: Callable[[], nn.Module]) -> float:
     cpu = torch.device("cpu")
     x = batch()
     # What a first step imports and allocates for good.
-    step_of(nn.ModuleDict({"a": head()}), x)
+    step_of(build("hps", nn.Conv2d(3, WIDTH, 1), {"a": head()}), x[:1, :, :8, :8]).take()
     before = peak(Step(lambda: None), cpu)
     step = step_of(make(), x)
     step.take()
@@ -145,11 +144,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             model = make()
             steps[name] = step_of(model, x)
             steps[name].take()
+            operations = flops(model, x)
         except Exception as error:
             declined[name] = in_words(error)
             continue
         count = sum(p.numel() for p in model.parameters())
-        results[name] = {"parameters": count, "flops": flops(model, x), "seconds": []}
+        results[name] = {"parameters": count, "flops": operations, "seconds": []}
     rng = np.random.default_rng(0)
     for _ in range(args.rounds):
         for name in rng.permutation(list(results)):

@@ -19,8 +19,6 @@ libmtl               LibMTL's weighting in a minimal host: its losses come as a 
 
 import copy
 import importlib
-import sys
-import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.libmtl import module as libmtl_module
 from benchmarks.problems import Problem, losses
 from benchmarks.record import in_words
 from gradsurgery import MTLOptimizer, compile_backward
@@ -189,14 +188,13 @@ def _torchjd(name: str) -> Any:
 
 
 def libmtl(checkout: Path) -> Make:
-    """LibMTL's weighting from a checkout, whose packages are opened without running their ``__init__``: those import
-    data loaders and solvers that no weighting needs."""
+    """LibMTL's weighting, from a checkout."""
 
     def make(problem: Problem, method: str) -> Step:
         if method not in LIBMTL:
             raise DeclinedError(f"LibMTL has no {method}")
         name, options = LIBMTL[method]
-        host = _host(_weighting(checkout, name), problem)
+        host = _host(getattr(libmtl_module(checkout, f"weighting.{name}"), name), problem)
 
         def step() -> None:
             problem.base.zero_grad()
@@ -206,17 +204,6 @@ def libmtl(checkout: Path) -> Make:
         return Step(step)
 
     return make
-
-
-def _weighting(checkout: Path, name: str) -> Any:
-    for package, folder in (("LibMTL", "LibMTL"), ("LibMTL.weighting", "LibMTL/weighting")):
-        module = types.ModuleType(package)
-        module.__path__ = [str(checkout / folder)]
-        sys.modules[package] = module
-    # Its sources have escapes that Python warns of.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(importlib.import_module(f"LibMTL.weighting.{name}"), name)
 
 
 def _host(weighting: Any, problem: Problem) -> Any:

@@ -15,7 +15,7 @@ def module(checkout: Path, name: str) -> Any:
     for full, folder in (("LibMTL", "LibMTL"), (f"LibMTL.{package}", f"LibMTL/{package}")):
         opened = types.ModuleType(full)
         opened.__path__ = [str(checkout / folder)]
-        sys.modules.setdefault(full, opened)
+        sys.modules[full] = opened
     # Its sources have escapes that Python warns of.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -68,15 +68,21 @@ def above(model: str, tasks: int, name: str, method: str, device: torch.device) 
 def apart(model: str, tasks: int, name: str, method: str, device: torch.device) -> dict[str, Any]:
     """`above` in a process of its own."""
     options = ["--child", name, "--models", model, "--tasks", str(tasks), "--method", method, "--device", str(device)]
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", *options],
-        env=os.environ | MALLOC,
-        cwd=RESULTS.parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    if run.returncode:
-        return {"declined": f"its process ended with {run.returncode}"}
+    try:
+        return child("benchmarks.memory", *options)
+    except subprocess.CalledProcessError as error:
+        return {"declined": f"its process ended with {error.returncode}"}
+
+
+def child(module: str, *options: str) -> Any:
+    """What a module's command prints last, as JSON, from a process in which malloc returns what is freed.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    command = [sys.executable, "-m", module, *options]
+    environment, folder = os.environ | MALLOC, RESULTS.parent.parent
+    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 

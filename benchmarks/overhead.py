@@ -191,6 +191,8 @@ def run(args: argparse.Namespace, name: str | None = None) -> dict[str, Any]:
         makers = {name: make for name, make in makers.items() if name in {"plain", *args.only}}
     about = machine(device) | ({"libmtl": commit(args.libmtl)} if args.libmtl else {})
     kept = (read(name) if name else None) or {}
+    if kept.get("method", args.method) != args.method:
+        raise SystemExit(f"{name}.json holds prices of {kept['method']}: choose another --out, or delete it.")
     results = kept.get("results", [])
     content = {"machine": about, "method": args.method, "rounds": args.rounds, "results": results}
     for model in args.models:

@@ -179,20 +179,13 @@ def make_benchmark(args: Args) -> Benchmark:
         parse_options(args.arch_option),
     )
     height, width = train.size
-    kind = "real data" if args.data else "rendered rooms"
-    halved = preset.schedule == "step"
-    meters = {
-        "segmentation": partial(segmentation_meter, len(CLASSES)),
-        "depth": partial(DepthError, preset.over),
-        "normal": partial(NormalAngles, preset.over),
-    }
-    losses = {"segmentation": segmentation_loss, "depth": depth_loss, "normal": normal_loss}
+    kind, halved = "real data" if args.data else "rendered rooms", preset.schedule == "step"
     # LibMTL's tables halve the batch for PLE, which did not fit its card.
     batch_size = args.batch_size or (4 if protocol == "deeplab" and arch == "ple" else preset.batch_size)
     return Benchmark(
         name="nyuv2",
         description=f"{kind}, {len(train)} + {len(test)} views of {height}x{width}",
-        tasks={task: Task(losses[task], meters[task], METRICS[task]) for task in TASKS},
+        tasks=tasks_of(preset.over),
         train=train,
         test=test,
         model=lambda tasks: build_model(replace(choice, channels={task: OUT_CHANNELS[task] for task in tasks})),
@@ -221,6 +214,15 @@ def make_benchmark(args: Args) -> Benchmark:
             "augment": augment,
         },
     )
+
+
+def tasks_of(over: Over) -> dict[str, Task]:
+    """Losses, and meters whose means are over batches or pixels."""
+    return {
+        "segmentation": Task(segmentation_loss, partial(segmentation_meter, len(CLASSES)), METRICS["segmentation"]),
+        "depth": Task(depth_loss, partial(DepthError, over), METRICS["depth"]),
+        "normal": Task(normal_loss, partial(NormalAngles, over), METRICS["normal"]),
+    }
 
 
 def protocol_shared(model: Architecture) -> Iterator[nn.Parameter]:

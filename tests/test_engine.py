@@ -267,7 +267,7 @@ def test_update_every_takes_one_backward_in_between(heads: str) -> None:
         nonlocal passes
         passes += 1
 
-    opt = optimizer(model, "nash_mtl", update_every=3, heads=heads)
+    opt = optimizer(model, "nash_mtl", engine="sequential", update_every=3, heads=heads)
     engines, counts, weights = [], [], []
     for step in range(6):
         opt.zero_grad()
@@ -458,7 +458,7 @@ class Traffic(TorchDispatchMode):
 
 def test_every_float_of_j_is_written_once_and_read_twice() -> None:
     model, x = Toy(width=64), batch()
-    opt = optimizer(model, "cagrad")
+    opt = optimizer(model, "cagrad", engine="sequential")
     opt.backward(model.losses(x))
     d = opt._surgery.layout.bounds[-1]
     losses, pointer = model.losses(x), opt._surgery.layout.rows(3).data_ptr()

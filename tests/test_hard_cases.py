@@ -82,7 +82,7 @@ def test_a_head_of_another_optimizer_that_is_unfrozen_later_trains() -> None:
 
 def test_a_schedule_does_not_settle_on_a_failed_solve() -> None:
     model, x = Toy(), batch()
-    opt = optimizer(model, "nash_mtl", update_every=10)
+    opt = optimizer(model, "nash_mtl", engine="sequential", update_every=10)
     assert opt.backward([loss * float("inf") for loss in model.losses(x)]).weights.isnan().all()
     info = opt.backward(model.losses(x))
     assert info.engine == "sequential"
@@ -122,7 +122,7 @@ def test_accumulate_keeps_one_gradient_a_head() -> None:
 
 def test_accumulate_keeps_to_the_schedule() -> None:
     model, x = Toy(), batch(12)
-    opt = optimizer(model, "nash_mtl", update_every=2, heads="weighted")
+    opt = optimizer(model, "nash_mtl", engine="sequential", update_every=2, heads="weighted")
     engines = []
     for _ in range(4):
         opt.zero_grad()

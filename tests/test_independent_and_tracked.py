@@ -113,7 +113,7 @@ def test_independent_batches_are_asked_for_and_checked(name: str) -> None:
 
 def test_between_two_solves_no_independent_batch_is_needed() -> None:
     model = Toy()
-    opt = optimizer(model, "modo", update_every=3)
+    opt = optimizer(model, "modo", engine="sequential", update_every=3)
     for step in range(7):
         x = batch(seed=step)
         extra = samples(model, "modo", x) if step % 3 == 0 else {}

@@ -102,7 +102,13 @@ class Wide:
 
 @pytest.mark.parametrize(
     ("width", "n", "tasks", "engine"),
-    [(768, 4, 10, "gramian"), (64, 4, 10, "batched"), (64, 4, 3, "sequential"), (256, 512, 2, "sequential")],
+    [
+        (768, 4, 10, "gramian"),
+        (64, 4, 10, "batched"),
+        (64, 4, 3, "batched"),
+        (64, 4, 2, "sequential"),
+        (256, 512, 2, "sequential"),
+    ],
 )
 def test_auto_goes_by_the_counts(width: int, n: int, tasks: int, engine: str) -> None:
     model = Wide(width, tasks)
