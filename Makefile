@@ -17,8 +17,9 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(VENV)/installed
 	$(BIN)/python -m gradsurgery.recipes.nyuv2 --method ew cagrad --out runs/demo
 
+# A process a core, each with a thread of its own; tests that share a slow fixture stay together.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradsurgery.architectures.architecture import Architecture, Part, decoders_of
-from gradsurgery.architectures.stages import Encoder, fresh_stages
+from gradsurgery.architectures.stages import Encoder, fresh_stages, has_weights
 
 
 @final
@@ -36,6 +36,8 @@ class AdaShare(Architecture):
     """
 
     temperature: Tensor
+    hardened: Tensor
+    decided: Tensor
 
     def __init__(self, encoder: Encoder, decoders: Mapping[str, nn.Module], *, temperature: float = 5.0) -> None:
         super().__init__(decoders)
@@ -53,20 +55,22 @@ class AdaShare(Architecture):
         self.logits = nn.ParameterDict({task: torch.zeros(blocks, 2) for task in decoders})
         self.start = float(temperature)
         self.register_buffer("temperature", torch.tensor(self.start))
+        self.register_buffer("hardened", torch.tensor(False))
+        self.register_buffer("decided", torch.zeros(len(decoders), blocks, dtype=torch.bool))
 
     def anneal(self, epoch: int, epochs: int) -> None:
-        """Sets the temperature of epoch 0, 1, ...: 0.965 times the one before, as the authors' code has it."""
-        self.temperature.fill_(self.start * 0.965**epoch)
+        """Sets the temperature of epoch 0, 1, ...: 0.965 times the one before, as the authors' code has it, to 0.01."""
+        self.temperature.fill_(max(self.start * 0.965**epoch, 0.01))
 
     def policy(self, task: str) -> Tensor:
         """(blocks,) probabilities that the task runs each block that can be skipped."""
-        return self.logits[task].softmax(-1)[:, 0]
+        return self._settled(task, self.logits[task].softmax(-1)[:, 0])
 
     def harden(self) -> None:
-        """Fixes every policy at its likeliest decisions."""
-        for logits in self.logits.values():
-            logits.requires_grad_(False)
-            logits.copy_(torch.where(F.one_hot(logits.argmax(-1), 2).bool(), 0.0, -torch.inf))
+        """Fixes every policy at its likeliest decisions, whatever happens to its logits from here on."""
+        for decided, task in zip(self.decided, self.tasks, strict=True):
+            decided.copy_(_likeliest(self.logits[task]))
+        self.hardened.fill_(True)
 
     def features(self, x: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
         return {task: self._way(x, task) for task in tasks}
@@ -76,8 +80,8 @@ class AdaShare(Architecture):
         if self.training:
             runs = F.gumbel_softmax(logits, tau=self.temperature)[:, 0]  # pyright: ignore[reportArgumentType]
         else:
-            runs = (logits[:, 0] >= logits[:, 1]).to(logits.dtype)
-        h, decisions = x, iter(runs)
+            runs = _likeliest(logits).to(logits.dtype)
+        h, decisions = x, iter(self._settled(task, runs))
         for stage, skippable in zip(self.encoder, self.skippable, strict=True):
             for block, may in zip(stage, skippable, strict=True):
                 y = block(h)
@@ -86,6 +90,10 @@ class AdaShare(Architecture):
                     y = u * y + (1 - u) * h
                 h = y
         return h
+
+    def _settled(self, task: str, runs: Tensor) -> Tensor:
+        """(blocks,) as given, or what `harden` has decided."""
+        return torch.where(self.hardened, self.decided[self.tasks.index(task)].to(runs.dtype), runs)
 
     def network(self, task: str) -> nn.Sequential:
         """What a task runs at evaluation, with its decoder: the model's own modules, without the skipped blocks."""
@@ -115,5 +123,10 @@ class AdaShare(Architecture):
         return logits, self.decoders[task]
 
 
+def _likeliest(logits: Tensor) -> Tensor:
+    """(blocks,) bool: run rather than skip."""
+    return logits[:, 0] >= logits[:, 1]
+
+
 def _can_be_skipped(stage: int, place: int, block: nn.Module) -> bool:
-    return stage > 0 and place > 0 and any(p.ndim > 1 for p in block.parameters())
+    return stage > 0 and place > 0 and has_weights(block)

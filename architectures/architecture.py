@@ -22,13 +22,17 @@ class Architecture(nn.Module, ABC):
 
     Args:
         tasks: their names, in order.
-        takes_mappings: whether a mapping is one input; an input for each task is then `PerTask({task: input})`.
+
+    Attributes:
+        takes_mappings: whether a mapping is one input, False at first; an input for each task is then
+            `PerTask({task: input})`.
     """
 
-    def __init__(self, tasks: Iterable[str], *, takes_mappings: bool = False) -> None:
+    takes_mappings = False
+
+    def __init__(self, tasks: Iterable[str]) -> None:
         super().__init__()
         self._tasks = tuple(tasks)
-        self._per_task = PerTask if takes_mappings else Mapping
 
     @abstractmethod
     def features(self, x: Any, tasks: Sequence[str]) -> Any:
@@ -48,11 +52,11 @@ class Architecture(nn.Module, ABC):
         return self._tasks
 
     @final
-    def forward(self, x: Any, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def forward(self, x: Any, tasks: str | Sequence[str] | None = None) -> dict[str, Tensor]:
         """One input for all tasks, or `{task: input}` for the tasks it names.
 
         Args:
-            tasks: those that are wanted; None: all, or all of the mapping.
+            tasks: the one or those that are wanted; None: all, or all of the mapping.
 
         Returns:
             task -> prediction, in the order of `tasks`, of the mapping, or of the model.
@@ -63,16 +67,16 @@ class Architecture(nn.Module, ABC):
         return self.decode(self.representation(x, tasks), tasks)
 
     @final
-    def representation(self, x: Any, tasks: Sequence[str] | None = None) -> Any:
+    def representation(self, x: Any, tasks: str | Sequence[str] | None = None) -> Any:
         """z of one shared input; of `{task: input}`, `{task: z}`."""
-        per_task = isinstance(x, self._per_task)
+        per_task = isinstance(x, PerTask if self.takes_mappings else Mapping)
         names = self._chosen(tasks, x if per_task else None, "input")
         if per_task:
             return PerTask({task: self.features(x[task], (task,)) for task in names})
         return self.features(x, names)
 
     @final
-    def decode(self, z: Any, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def decode(self, z: Any, tasks: str | Sequence[str] | None = None) -> dict[str, Tensor]:
         """Predictions from `representation`'s result, for `tasks` (None: all that z serves)."""
         names = self._chosen(tasks, z if isinstance(z, PerTask) else None, "representation")
         return {task: self.predict(z[task] if isinstance(z, PerTask) else z, task) for task in names}
@@ -90,21 +94,31 @@ class Architecture(nn.Module, ABC):
         Raises:
             ValueError: an unknown task.
         """
-        self._chosen((task,), None, "")
+        self._chosen(task, None, "")
         places = Counter(id(p) for _, p in self.named_parameters(remove_duplicate=False))
         mine = [p for part in self.task_parts(task) for p in _parameters(part)]
         within = Counter(id(p) for p in mine)
         return (p for p in dict.fromkeys(mine) if within[id(p)] == places[id(p)])
 
-    def _chosen(self, tasks: Sequence[str] | None, given: Mapping[str, Any] | None, what: str) -> tuple[str, ...]:
-        names = tuple(tasks) if tasks is not None else tuple(given) if given is not None else self._tasks
+    def _chosen(self, tasks: str | Sequence[str] | None, given: Mapping[str, Any] | None, what: str) -> tuple[str, ...]:
+        wanted = (tasks,) if isinstance(tasks, str) else tasks
+        names = tuple(wanted) if wanted is not None else tuple(given) if given is not None else self._tasks
         if not names:
             raise ValueError(f"No task was asked for: this model has {list(self._tasks)}.")
         if unknown := [task for task in names if task not in self._tasks]:
-            raise ValueError(f"Unknown tasks {unknown}: this model has {list(self._tasks)}.")
+            hint = ""
+            if wanted is None and not self.takes_mappings:
+                hint = " A mapping is taken for {task: input}; set model.takes_mappings = True if it is one input."
+            raise ValueError(f"Unknown tasks {unknown}: this model has {list(self._tasks)}.{hint}")
         if given is not None and (missing := [task for task in names if task not in given]):
             raise ValueError(f"The {what} has no entry for the tasks {missing}: it has {list(given)}.")
         return names
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raises ValueError: it is no whole number, or a lower one."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}.")
 
 
 def decoders_of(name: str, decoders: Mapping[str, nn.Module]) -> nn.ModuleDict:

@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.architectures.architecture import Architecture, Part, by_task, decoders_of
+from gradsurgery.architectures.architecture import Architecture, Part, by_task, check_count, decoders_of
 from gradsurgery.architectures.gates import Experts, Gate, Mixture, after_stem, mixed, stacked
 from gradsurgery.architectures.stages import Encoder, fresh
 
@@ -24,12 +24,14 @@ class CGC(Architecture):
         encoder: of an expert; a function makes them with weights of their own, a module is copied.
         decoders: task -> any module from mixed features to that task's prediction.
         shared_experts: how many all tasks share.
-        task_experts: how many each task has to itself, one number or one a task.
-        stem: first stages of the encoder that all experts share, and whose output gates read; 0: gates read the input.
+        task_experts: how many each task has to itself, 0 or more, one number or one a task.
+        stem: first stages of the encoder that all experts share, and whose output gates read; 0: gates read the input,
+            of an image no more than its mean colour.
         gate_width: channels of what the gates read; None finds it from the encoder.
 
     Raises:
-        ValueError: no shared expert, no stage left for experts, or a width that cannot be found.
+        ValueError: no shared expert, a number missing for a task, no stage left for experts, or a width that cannot be
+            found.
     """
 
     def __init__(
@@ -44,7 +46,12 @@ class CGC(Architecture):
     ) -> None:
         super().__init__(decoders)
         self.decoders = decoders_of("CGC", decoders)
-        numbers = {task: task_experts if isinstance(task_experts, int) else task_experts[task] for task in decoders}
+        numbers = dict.fromkeys(decoders, task_experts) if isinstance(task_experts, int) else dict(task_experts)
+        if numbers.keys() != decoders.keys():
+            raise ValueError(f"task_experts must have a number for each of {list(decoders)}; it has {list(numbers)}.")
+        check_count("shared_experts", shared_experts)
+        for task, number in numbers.items():
+            check_count(f"task_experts of {task!r}", number, 0)
         encoders = fresh(encoder, shared_experts + sum(numbers.values()))
         self.experts = Experts(encoders[:shared_experts], stem, gate_width)
         own = iter(encoders[shared_experts:])

@@ -46,14 +46,23 @@ class ASPPDecoder(nn.Module):
         out: of the prediction.
         size: (H, W).
         rates: of the pyramid's dilated convolutions.
+        align_corners: of the interpolation; torchvision's DeepLab has False, LibMTL's protocols have True.
     """
 
-    def __init__(self, channels: int, out: int, size: tuple[int, int], rates: Sequence[int] = (12, 24, 36)) -> None:
+    def __init__(
+        self,
+        channels: int,
+        out: int,
+        size: tuple[int, int],
+        rates: Sequence[int] = (12, 24, 36),
+        *,
+        align_corners: bool = False,
+    ) -> None:
         super().__init__()
         from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
         self.head = DeepLabHead(channels, out, rates)
-        self.size = size
+        self.size, self.align_corners = size, align_corners
 
     def forward(self, z: Tensor) -> Tensor:
-        return F.interpolate(self.head(z), size=self.size, mode="bilinear", align_corners=False)
+        return F.interpolate(self.head(z), size=self.size, mode="bilinear", align_corners=self.align_corners)

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.architectures.architecture import Architecture, Part, by_task, decoders_of
+from gradsurgery.architectures.architecture import Architecture, Part, by_task, check_count, decoders_of
 from gradsurgery.architectures.gates import Experts, Mixture, mixed
 from gradsurgery.architectures.stages import Encoder, fresh
 
@@ -25,7 +25,7 @@ class DSelectK(Architecture):
     Args:
         encoder: of an expert; a function makes them with weights of their own, a module is copied.
         decoders: task -> any module from mixed features to that task's prediction.
-        num_experts: E.
+        num_experts: E, 2 or more.
         k: experts a gate may choose.
         gamma: width of the smooth step; selectors are binary beyond half of it to either side.
         per_sample: whether gates read the input; else a task has one choice of experts for all inputs.
@@ -50,8 +50,9 @@ class DSelectK(Architecture):
     ) -> None:
         super().__init__(decoders)
         self.decoders = decoders_of("DSelectK", decoders)
-        self.experts = Experts(fresh(encoder, num_experts), stem, gate_width)
-        width = self.experts.gate_width if per_sample else 0
+        check_count("num_experts", num_experts, 2)
+        self.experts = Experts(fresh(encoder, num_experts), stem, gate_width if per_sample else 0)
+        width = self.experts.gate_width
         self.gates = by_task({task: SelectorGate(width, num_experts, k, gamma) for task in decoders})
 
     def features(self, x: Any, tasks: Sequence[str]) -> Mixture:
@@ -65,7 +66,7 @@ class DSelectK(Architecture):
         """() what to add to the task's loss, times a coefficient, for selectors to become binary.
 
         The entropy of each selector's distribution over experts, summed over selectors, and where E is no power of 2
-        the inverse of the mass that each puts on codes of experts that exist; a mean over samples.
+        the inverse of the mass that each puts on codes of experts that exist, of 0.001 at least; a mean over samples.
         """
         gate: Any = self.gates[task]
         return gate.penalty(z.pooled)
@@ -97,22 +98,18 @@ class SelectorGate(nn.Module):
         codes = torch.arange(experts)[:, None] >> torch.arange(bits) & 1
         self.register_buffer("codes", codes.bool(), persistent=False)
         self.complete = experts == 2**bits
-        # A linear map of no features is a bias.
-        self.bits, self.mixing = nn.Linear(width, k * bits), nn.Linear(width, k)
+        self.bits, self.mixing = (nn.Linear(width, n) if width else Constant(n) for n in (k * bits, k))
         for p in self.bits.parameters():
             nn.init.uniform_(p, -gamma / 100, gamma / 100)
-        if not width:
-            nn.init.uniform_(self.mixing.bias, -0.1, 0.1)
 
     def selectors(self, pooled: Tensor) -> Tensor:
         """(B, k, E) in [0, 1]; sums over E are 1 if E is a power of 2."""
-        x = pooled[:, : self.bits.in_features]
-        s = smooth_step(self.bits(x), self.gamma).unflatten(-1, (self.k, 1, -1))
+        s = smooth_step(self.bits(pooled), self.gamma).unflatten(-1, (self.k, 1, -1))
         return torch.where(self.codes, s, 1 - s).prod(-1)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(B, E)."""
-        mixing = self.mixing(pooled[:, : self.mixing.in_features]).softmax(-1)
+        mixing = self.mixing(pooled).softmax(-1)
         return torch.einsum("bk,bke->be", mixing, self.selectors(pooled))
 
     def penalty(self, pooled: Tensor) -> Tensor:
@@ -120,8 +117,21 @@ class SelectorGate(nn.Module):
         chosen = self.selectors(pooled)
         total = torch.special.entr(chosen).sum(-1)
         if not self.complete:
-            total = total + 1 / chosen.sum(-1)
+            total = total + 1 / chosen.sum(-1).clamp(min=1e-3)
         return total.sum(-1).mean()
+
+
+@final
+class Constant(nn.Module):
+    """A linear map of no features: a bias."""
+
+    def __init__(self, out: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(out).uniform_(-0.1, 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 0) -> (B, out)."""
+        return self.bias.expand(len(x), -1)
 
 
 def smooth_step(t: Tensor, gamma: float) -> Tensor:

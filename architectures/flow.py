@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from gradsurgery.architectures.architecture import Architecture
 from gradsurgery.architectures.dselect_k import SelectorGate
 from gradsurgery.architectures.gates import Gate
-from gradsurgery.architectures.stages import PerPosition
+from gradsurgery.architectures.positions import PerPosition
 
 INPUT = "x"
 # Parts that are drawn whole; other modules of the zoo are looked into.

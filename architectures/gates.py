@@ -6,7 +6,8 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.architectures.stages import Stages, in_width_of, pool, split_stages
+from gradsurgery.architectures.positions import pool
+from gradsurgery.architectures.stages import Stages, entrance, split_stages
 
 
 class Mixture(NamedTuple):
@@ -15,7 +16,7 @@ class Mixture(NamedTuple):
     Attributes:
         experts: (E, B, ...), the outputs of the shared experts.
         entered: what the experts were given.
-        pooled: (B, C), what gates read.
+        pooled: (B, C), what gates read; (B, 0) where they read nothing.
     """
 
     experts: Tensor
@@ -43,19 +44,17 @@ class Experts(nn.Module):
     Args:
         encoders: E of them, of which experts are the last stages where ``stem`` is not 0.
         stem: how many first stages the experts share; more than 0 only for encoders that `split_stages` can cut.
-        gate_width: channels of what enters the experts; None reads it off.
+        gate_width: channels of what enters the experts; None reads it off, 0 has gates read nothing.
     """
 
     def __init__(self, encoders: Sequence[nn.Module], stem: int, gate_width: int | None) -> None:
         super().__init__()
-        if not encoders:
-            raise ValueError("A mixture of experts needs one shared expert at least.")
         experts = [after_stem(encoder, stem) for encoder in encoders]
         first = experts[0]
         self.stem = split_stages(encoders[0]).part(0, stem) if stem else nn.Identity()
-        self.channel_dim = first.channel_dim if isinstance(first, Stages) else None
         self.experts = nn.ModuleList(experts)
-        width = gate_width or (first.in_width if isinstance(first, Stages) else in_width_of(first))
+        found, self.channel_dim = (first.in_width, first.in_dim) if isinstance(first, Stages) else entrance(first)
+        width = found if gate_width is None else gate_width
         if width is None:
             raise ValueError(
                 f"Can't tell how many channels a {type(encoders[0]).__name__} takes, which gates must know: pass "
@@ -65,14 +64,24 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Mixture:
         h = self.stem(x)
-        dim = self.channel_dim
-        pooled = pool(h, (1 if h.ndim == 4 else -1) if dim is None else dim)
+        pooled = self._pooled(h) if self.gate_width else None
+        outputs = stacked([expert(h) for expert in self.experts])
+        return Mixture(outputs, h, outputs.new_zeros(outputs.shape[1], 0) if pooled is None else pooled)
+
+    def _pooled(self, h: Tensor) -> Tensor:
+        if not isinstance(h, Tensor) or not (h.is_floating_point() or h.is_complex()):
+            kind = str(h.dtype) if isinstance(h, Tensor) else type(h).__name__
+            raise TypeError(
+                f"Gates read a mean over positions, which {kind} has not: pass stem=, so that they read the output of "
+                "an embedding or the like."
+            )
+        pooled = pool(h, self.channel_dim)
         if pooled.shape[1] != self.gate_width:
             raise ValueError(
                 f"Gates were made for {self.gate_width} channels, and what enters the experts has {pooled.shape[1]}: "
                 "pass gate_width=."
             )
-        return Mixture(stacked([expert(h) for expert in self.experts]), h, pooled)
+        return pooled
 
 
 def after_stem(encoder: nn.Module, stem: int) -> nn.Module:

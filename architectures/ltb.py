@@ -22,7 +22,8 @@ from gradsurgery.architectures.stages import Encoder, fresh_stages
 class LTB(Architecture):
     """T nodes in each stage of an encoder, each fed by one of the stage before.
 
-    Each task has a z of its own.
+    Until `anneal` has ended the warm-up, in training as at evaluation, each is fed by the mean of all. Each task has a
+    z of its own.
 
     Args:
         encoder: staged, or one that `split_stages` cuts; a function makes nodes with weights of their own, a module is
@@ -60,18 +61,22 @@ class LTB(Architecture):
     def features(self, x: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
         networks: Any = self.networks
         first, *later = zip(*networks, strict=True)
-        hs = [stage(x) for stage in first]
-        for choice, stages in zip(self._choices(), later, strict=True):
-            before = torch.stack(hs)
-            hs = [stage(torch.einsum("s,s...->...", row, before)) for row, stage in zip(choice, stages, strict=True)]
-        return dict(zip(self.tasks, hs, strict=True))
+        hs = {task: stage(x) for task, stage in zip(self.tasks, first, strict=True)}
+        for i, (choice, stages) in enumerate(zip(self._choices(), later, strict=True), start=1):
+            before = torch.stack(list(hs.values()))
+            nodes = zip(self.tasks, choice, stages, strict=True)
+            wanted = tasks if i == len(later) else self.tasks
+            hs = {t: stage(torch.einsum("s,s...->...", row, before)) for t, row, stage in nodes if t in wanted}
+        return hs
 
     def _choices(self) -> Tensor:
         """(stages - 1, T, T) with rows on the simplex."""
-        if not self.training:
-            return F.one_hot(self.branches(), len(self.tasks)).to(self.logits.dtype)
-        soft = F.gumbel_softmax(self.logits, tau=self.temperature)  # pyright: ignore[reportArgumentType]
-        hard = F.one_hot(soft.argmax(-1), len(self.tasks)) - soft.detach() + soft
+        if self.training:
+            soft = F.gumbel_softmax(self.logits, tau=self.temperature)  # pyright: ignore[reportArgumentType]
+            hard = F.one_hot(soft.argmax(-1), len(self.tasks)) - soft.detach() + soft
+        else:
+            hard = F.one_hot(self.branches(), len(self.tasks)).to(self.logits.dtype)
+            soft = torch.full_like(hard, 1 / len(self.tasks))
         # At a temperature without bound, soft samples are all alike.
         return torch.where(self.temperature.isinf(), soft, hard)
 

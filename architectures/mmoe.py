@@ -11,7 +11,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from gradsurgery.architectures.architecture import Architecture, Part, by_task, decoders_of
+from gradsurgery.architectures.architecture import Architecture, Part, by_task, check_count, decoders_of
 from gradsurgery.architectures.gates import Experts, Gate, Mixture, mixed
 from gradsurgery.architectures.stages import Encoder, fresh
 
@@ -24,7 +24,8 @@ class MMoE(Architecture):
         encoder: of an expert; a function makes them with weights of their own, a module is copied.
         decoders: task -> any module from mixed features to that task's prediction.
         num_experts: E.
-        stem: first stages of the encoder that experts share, and whose output the gates read; 0: gates read the input.
+        stem: first stages of the encoder that experts share, and whose output the gates read; 0: gates read the input,
+            of an image no more than its mean colour.
         gate_width: channels of what the gates read; None finds it from the encoder.
 
     Raises:
@@ -47,6 +48,7 @@ class MMoE(Architecture):
     ) -> None:
         super().__init__(decoders)
         self.decoders = decoders_of("MMoE", decoders)
+        check_count("num_experts", num_experts)
         self.experts = Experts(fresh(encoder, num_experts), stem, gate_width)
         self.gates = by_task({task: Gate(self.experts.gate_width, num_experts) for task in decoders})
 

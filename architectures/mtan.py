@@ -14,16 +14,17 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.architectures.architecture import Architecture, Part, by_task, decoders_of
-from gradsurgery.architectures.stages import Encoder, PerPosition, Stages, fresh_stages, out_width, resized
+from gradsurgery.architectures.architecture import Architecture, Part, by_task, check_count, decoders_of
+from gradsurgery.architectures.positions import PerPosition, resized
+from gradsurgery.architectures.stages import Encoder, Stages, fresh_stages, has_weights, out_width
 
 
 @final
 class MTAN(Architecture):
     """A shared network, and each task's attention to its stages after the first.
 
-    What masks are made of is the output of all but a stage's last block, if it is as wide as the stage's own, and the
-    stage's own otherwise. Each task has a z of its own.
+    What masks are made of is what enters the last block of a stage that has weights, if it is as wide as the stage's
+    output and made in that stage, and that output otherwise. Each task has a z of its own.
 
     Args:
         encoder: staged, or one that `split_stages` cuts.
@@ -31,18 +32,20 @@ class MTAN(Architecture):
         reduction: by which the masks' inner width is smaller than a stage's.
 
     Raises:
-        ValueError: an encoder of one stage.
+        ValueError: an encoder of one stage, a reduction below 1.
     """
 
     def __init__(self, encoder: Encoder, decoders: Mapping[str, nn.Module], *, reduction: int = 1) -> None:
         super().__init__(decoders)
         self.decoders = decoders_of("MTAN", decoders)
         (self.encoder,) = fresh_stages(encoder, 1)
+        check_count("reduction", reduction)
         widths, dim = self.encoder.widths[1:], self.encoder.channel_dim
         if not widths:
             raise ValueError("MTAN attends to the stages after the first, and the encoder has one stage.")
         entering = [widths[0], *(2 * width for width in widths[1:])]
         sizes = [(i, w, max(w // reduction, 1)) for i, w in zip(entering, widths, strict=True)]
+        self.cuts = [_cut(stage, width) for stage, width in zip(list(self.encoder)[1:], widths, strict=True)]
         self.masks = by_task({task: nn.ModuleList(_mask(*size, dim) for size in sizes) for task in decoders})
         self.between = nn.ModuleList(_between(self.encoder, before, after) for before, after in pairwise(widths))
 
@@ -51,14 +54,13 @@ class MTAN(Architecture):
         return {task: self._attended(seen, task) for task in tasks}
 
     def _stages(self, x: Any) -> list[tuple[Tensor, Tensor]]:
-        """Of each stage after the first: u and p."""
+        """Of each stage after the first: u and p, at the same positions."""
         stem, *stages = self.encoder
         h, seen = stem(x), []
-        for stage, width in zip(stages, self.encoder.widths[1:], strict=True):
-            cut = len(stage) - 1 if len(stage) > 1 and out_width(stage[:-1]) == width else len(stage)
-            u = stage[:cut](h)
-            h = stage[cut:](u)
-            seen.append((u, h))
+        for stage, cut in zip(stages, self.cuts, strict=True):
+            u = h = _through(list(stage)[:cut], h)
+            h = _through(list(stage)[cut:], h)
+            seen.append((resized(u, h, self.encoder.channel_dim), h))
         return seen
 
     def _attended(self, seen: Sequence[tuple[Tensor, Tensor]], task: str) -> Tensor:
@@ -75,6 +77,19 @@ class MTAN(Architecture):
 
     def task_parts(self, task: str) -> Iterable[Part]:
         return self.masks[task], self.decoders[task]
+
+
+def _cut(stage: nn.Sequential, width: int) -> int:
+    """How many blocks u is behind: those before the last with weights, or all."""
+    blocks = list(stage)
+    last = max((i for i, block in enumerate(blocks) if has_weights(block)), default=0)
+    return last if out_width(nn.ModuleList(blocks[:last])) == width else len(blocks)
+
+
+def _through(blocks: Iterable[nn.Module], x: Any) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
 
 
 def _mask(entering: int, width: int, inner: int, channel_dim: int) -> PerPosition:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gradsurgery.architectures.architecture import Architecture, Part, by_task, decoders_of
 from gradsurgery.architectures.cross_stitch import near_identity
-from gradsurgery.architectures.stages import Encoder, PerPosition, fresh_stages
+from gradsurgery.architectures.positions import PerPosition
+from gradsurgery.architectures.stages import Encoder, fresh_stages
 
 
 @final

@@ -13,9 +13,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.architectures.architecture import Architecture, Part, by_task, decoders_of
+from gradsurgery.architectures.architecture import Architecture, Part, by_task, check_count, decoders_of
 from gradsurgery.architectures.gates import Gate, mixed, stacked
-from gradsurgery.architectures.stages import Encoder, fresh_stages, pool
+from gradsurgery.architectures.positions import pool
+from gradsurgery.architectures.stages import Encoder, fresh_stages
 
 SHARED = ""
 """the shared experts' path, beside those of the tasks"""
@@ -34,7 +35,8 @@ class PLE(Architecture):
         decoders: task -> any module from the last level's mixed features to that task's prediction.
         shared_experts: in each level, for all tasks.
         task_experts: in each level, for each task.
-        stem: first stages that all share, before the first level; 0: the first gates read the input.
+        stem: first stages that all share, before the first level; 0: the first gates read the input, of an image no
+            more than its mean colour.
 
     Raises:
         ValueError: no experts of one kind, no stage left for a level, or a width that cannot be found.
@@ -51,8 +53,8 @@ class PLE(Architecture):
     ) -> None:
         super().__init__(decoders)
         self.decoders = decoders_of("PLE", decoders)
-        if shared_experts < 1 or task_experts < 1:
-            raise ValueError(f"PLE needs experts of both kinds; got {shared_experts} shared, {task_experts} a task.")
+        check_count("shared_experts", shared_experts)
+        check_count("task_experts", task_experts)
         numbers = {SHARED: shared_experts, **dict.fromkeys(decoders, task_experts)}
         encoders = fresh_stages(encoder, sum(numbers.values()))
         first, remaining = encoders[0], iter(encoders)
@@ -62,12 +64,12 @@ class PLE(Architecture):
         widths = [first.in_width, *first.widths]
         if widths[stem] is None:
             raise ValueError("Can't tell how many channels the encoder takes, which gates must know: pass in_width=.")
-        self.channel_dim, self.stem = first.channel_dim, first.part(0, stem)
+        self.stem = first.part(0, stem)
         self.levels = nn.ModuleList(
             Level(
                 {path: [stages[i] for stages in experts] for path, experts in owned.items()},
                 widths[i] or 0,
-                first.channel_dim,
+                first.channel_dim if i else first.in_dim,
                 last=i == len(first) - 1,
             )
             for i in range(stem, len(first))

@@ -12,9 +12,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.architectures.architecture import Architecture, Part, by_task, decoders_of
+from gradsurgery.architectures.architecture import Architecture, Part, by_task, check_count, decoders_of
 from gradsurgery.architectures.cross_stitch import near_identity
-from gradsurgery.architectures.stages import Encoder, PerPosition, fresh_stages, resized
+from gradsurgery.architectures.positions import PerPosition, resized
+from gradsurgery.architectures.stages import Encoder, fresh_stages
 
 
 @final
@@ -40,6 +41,7 @@ class Sluice(Architecture):
         super().__init__(decoders)
         self.decoders = decoders_of("Sluice", decoders)
         networks = fresh_stages(encoder, len(decoders))
+        check_count("subspaces", subspaces)
         widths, dim = networks[0].widths, networks[0].channel_dim
         if uneven := [width for width in widths if width % subspaces]:
             raise ValueError(f"Stages of {uneven} channels can't be cut into {subspaces} equal subspaces.")

@@ -2,9 +2,11 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, final
+from typing import Literal, TypeGuard, final
 
 from torch import Tensor, nn
+
+from gradsurgery.architectures.architecture import check_count
 
 Layout = Literal["maps", "maps last", "rows"]
 """(B, C, H, W); (B, H, W, C); (B, C) or (B, N, C)"""
@@ -19,9 +21,10 @@ class Stages(nn.Module):
 
     Args:
         stages: modules in the order in which they are passed.
-        widths: channels that each puts out; None reads them off each stage's last convolution or linear map.
+        widths: channels that each puts out; None reads them off each stage's last convolution, linear map or embedding.
         layout: of what lies between stages; None: maps if there is a convolution, else rows.
         in_width: channels of the input; None reads it off the first convolution or linear map.
+        in_dim: where the input has its channels, 1 or -1; None: 1 if that first one is a convolution.
 
     Raises:
         ValueError: no stages, or a width that cannot be read off.
@@ -37,9 +40,10 @@ class Stages(nn.Module):
         widths: Sequence[int] | None = None,
         layout: Layout | None = None,
         in_width: int | None = None,
+        in_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(s if isinstance(s, nn.Sequential) else nn.Sequential(s) for s in stages)
+        self.stages = nn.ModuleList(s if is_sequence(s) else nn.Sequential(s) for s in stages)
         if not len(self.stages):
             raise ValueError("An encoder needs one stage at least, and `stages` is empty.")
         found = list(map(out_width, self.stages)) if widths is None else list(widths)
@@ -51,7 +55,8 @@ class Stages(nn.Module):
         convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in self.modules())
         self.widths: tuple[int, ...] = tuple(found)  # pyright: ignore[reportAttributeAccessIssue]
         self.layout: Layout = layout or ("maps" if convolves else "rows")
-        self.in_width = in_width or in_width_of(self.stages)
+        width, dim = entrance(self.stages)
+        self.in_width, self.in_dim = in_width or width, in_dim or dim
 
     @property
     def channel_dim(self) -> int:
@@ -74,8 +79,8 @@ class Stages(nn.Module):
         stages = list(self)[start:stop]
         if not stages:
             return nn.Identity()
-        before = self.in_width if start == 0 else self.widths[start - 1]
-        return Stages(stages, self.widths[start:stop], self.layout, before)
+        before, dim = (self.widths[start - 1], self.channel_dim) if start else (self.in_width, self.in_dim)
+        return Stages(stages, self.widths[start:stop], self.layout, before, dim)
 
 
 def split_stages(encoder: nn.Module, groups: int = 4) -> Stages:
@@ -92,9 +97,10 @@ def split_stages(encoder: nn.Module, groups: int = 4) -> Stages:
     Raises:
         TypeError: another kind of module.
     """
+    check_count("groups", groups)
     if isinstance(encoder, Stages):
         return encoder
-    if isinstance(encoder, nn.Sequential):
+    if is_sequence(encoder):
         return Stages(_at_weights(encoder))
     if any(base.__module__.startswith("torchvision.") for base in type(encoder).__mro__):
         # Imported here, since the zoo does without torchvision.
@@ -111,31 +117,40 @@ def split_stages(encoder: nn.Module, groups: int = 4) -> Stages:
 def _at_weights(modules: nn.Sequential) -> list[nn.Sequential]:
     stages: list[nn.Sequential] = []
     for module in modules:
-        begins = any(p.ndim > 1 for p in module.parameters())
-        if not stages or (begins and any(p.ndim > 1 for p in stages[-1].parameters())):
+        if not stages or (has_weights(module) and has_weights(stages[-1])):
             stages.append(nn.Sequential())
         # A stage that is a sequence of blocks stays one.
-        blocks = module if isinstance(module, nn.Sequential) else [module]
-        for block in blocks:
+        for block in module if is_sequence(module) else [module]:
             stages[-1].append(block)
     return stages
 
 
-def _ends(module: nn.Module, names: Sequence[str]) -> Iterator[int]:
+def is_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether its children one after another are all that it is: a subclass may have a forward of its own."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Of two or more axes, as convolutions and linear maps have; normalisations have vectors alone."""
+    return any(p.ndim > 1 for p in module.parameters())
+
+
+def _ends(module: nn.Module, names: Sequence[str]) -> Iterator[tuple[nn.Module, int]]:
     for inner in module.modules():
         for name in names:
             if isinstance(width := getattr(inner, name, None), int):
-                yield width
+                yield inner, width
 
 
 def out_width(module: nn.Module) -> int | None:
-    """Channels that its last convolution or linear map puts out; None: it has none."""
-    return (list(_ends(module, ("out_channels", "out_features"))) or [None])[-1]
+    """Channels that its last convolution, linear map or embedding puts out; None: it has none."""
+    return (list(_ends(module, ("out_channels", "out_features", "embedding_dim"))) or [(None, None)])[-1][1]
 
 
-def in_width_of(module: nn.Module) -> int | None:
-    """Channels that its first convolution or linear map takes; None: it has none."""
-    return next(_ends(module, ("in_channels", "in_features")), None)
+def entrance(module: nn.Module) -> tuple[int | None, int]:
+    """Channels that its first convolution or linear map takes, None if it has none, and their axis: 1 or -1."""
+    first, width = next(_ends(module, ("in_channels", "in_features")), (None, None))
+    return width, 1 if isinstance(first, nn.modules.conv._ConvNd) else -1
 
 
 def fresh(encoder: Encoder, number: int) -> list[nn.Module]:
@@ -148,32 +163,3 @@ def fresh(encoder: Encoder, number: int) -> list[nn.Module]:
 def fresh_stages(encoder: Encoder, number: int) -> list[Stages]:
     """So many encoders in stages."""
     return [split_stages(one) for one in fresh(encoder, number)]
-
-
-def pool(x: Tensor, channel_dim: int) -> Tensor:
-    """(B, C) of maps, tokens or vectors: the mean over positions."""
-    channel_dim %= x.ndim
-    axes = [axis for axis in range(1, x.ndim) if axis != channel_dim]
-    return x.mean(axes) if axes else x
-
-
-@final
-class PerPosition(nn.Module):
-    """A module of rows (M, C) -> (M, C') at every sample and position: for maps a 1 x 1 convolution and its like."""
-
-    def __init__(self, module: nn.Module, channel_dim: int) -> None:
-        super().__init__()
-        self.module, self.channel_dim = module, channel_dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.movedim(self.channel_dim, -1)
-        return self.module(rows.flatten(0, -2)).unflatten(0, rows.shape[:-1]).movedim(-1, self.channel_dim)
-
-
-def resized(x: Tensor, like: Tensor, channel_dim: int) -> Tensor:
-    """``x`` max-pooled to the positions of ``like``, whose channels may be others."""
-    x, like = x.movedim(channel_dim, 1), like.movedim(channel_dim, 1)
-    if x.shape[2:] != like.shape[2:]:
-        pooling = {3: nn.functional.adaptive_max_pool1d, 4: nn.functional.adaptive_max_pool2d}[x.ndim]
-        x = pooling(x, like.shape[2:])
-    return x.movedim(1, channel_dim)

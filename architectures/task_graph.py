@@ -4,7 +4,7 @@ Bock, "torchMTL: A lightweight module for Multi-Task Learning in pytorch", 2020,
 Its lists load unchanged, and `MTLModel` gives what its model gives. A graph that could not run is refused when it is
 made; only what outputs depend on is run, and nothing is kept of it. ``'auto'`` weights are those of uncertainty
 weighting (Kendall, Gal, Cipolla, CVPR 2018), since a bare learned factor of a loss makes away with it: the weight w is
-positive, and the loss comes with the term `-log(w) / w` that gives w its optimum at 1 / L.
+positive, and `w L` comes with the term `-log(w)` that gives w its optimum at 1 / L.
 """
 
 import difflib
@@ -54,7 +54,8 @@ class TaskGraph(Architecture):
     """
 
     def __init__(self, layers: Sequence[Mapping[str, Any]], outputs: Sequence[str]) -> None:
-        super().__init__(outputs, takes_mappings=True)
+        super().__init__(outputs)
+        self.takes_mappings = True
         self.parents = _checked(layers, outputs)
         self.order = tuple(TopologicalSorter(self.parents).static_order())
         self.layers = by_task({layer["name"]: _module(layer["layers"]) for layer in layers})
@@ -88,14 +89,27 @@ class TaskGraph(Architecture):
         return self.log_weights[task].exp() if task in self.log_weights else self.weights.get(task)
 
     def loss(self, task: str) -> Callable[..., Tensor] | None:
-        """Its loss, with the term that a learned weight needs; None where there is none."""
+        """Its loss, without any weight; None where there is none."""
         if task not in self.losses:
             return None
         loss: Any = self.losses[task]
-        if task not in self.log_weights:
-            return loss.function if isinstance(loss, _Function) else loss
-        s = self.log_weights[task]
-        return lambda *args: loss(*args) - s * (-s).exp()
+        return loss.function if isinstance(loss, _Function) else loss
+
+    def weighted_loss(self, task: str, *args: Any) -> Tensor:
+        """() `w L`, and `w L - log(w)` for a learned weight w; `L` where there is none.
+
+        Args:
+            args: of the loss: output and target.
+
+        Raises:
+            ValueError: a task without a loss.
+        """
+        loss, weight = self.loss(task), self.loss_weight(task)
+        if loss is None:
+            raise ValueError(f"Layer {task!r} has no 'loss'.")
+        if task in self.log_weights:
+            return self.log_weights[task].exp() * loss(*args) - self.log_weights[task]
+        return loss(*args) if weight is None else weight * loss(*args)
 
     def graph(self) -> "nx.DiGraph":
         """Layers and what feeds them; needs networkx."""
@@ -141,6 +155,9 @@ class TaskGraph(Architecture):
 class MTLModel(nn.Module):
     """torchMTL's model: outputs, losses and weights in the order of the tasks, for its loop.
 
+    That multiplies the loss by the weight: what comes as the loss of a task with a learned weight is
+    `TaskGraph.weighted_loss` divided by it.
+
     Args:
         task_layers, output_tasks: as in `TaskGraph`.
     """
@@ -148,14 +165,32 @@ class MTLModel(nn.Module):
     def __init__(self, task_layers: Sequence[Mapping[str, Any]], output_tasks: Sequence[str]) -> None:
         super().__init__()
         self.tasks = TaskGraph(task_layers, output_tasks)
+        self.task_layers, self.output_tasks = list(task_layers), list(output_tasks)
 
     @property
     def g(self) -> "nx.DiGraph":
         return self.tasks.graph()
 
+    @property
+    def layer_names(self) -> list[str]:
+        return list(self.tasks.layers)
+
+    @property
+    def losses(self) -> dict[str, Callable[..., Tensor] | None]:
+        return {name: self._loss(name) for name in self.layer_names}
+
+    @property
+    def loss_weights(self) -> dict[str, float | Tensor | None]:
+        return {name: self.tasks.loss_weight(name) for name in self.layer_names}
+
     def forward(self, x: Any) -> tuple[list[Tensor], list[Callable[..., Tensor] | None], list[float | Tensor | None]]:
         names = self.tasks.tasks
-        return list(self.tasks(x).values()), list(map(self.tasks.loss, names)), list(map(self.tasks.loss_weight, names))
+        return list(self.tasks(x).values()), list(map(self._loss, names)), list(map(self.tasks.loss_weight, names))
+
+    def _loss(self, task: str) -> Callable[..., Tensor] | None:
+        if task not in self.tasks.log_weights:
+            return self.tasks.loss(task)
+        return lambda *args: self.tasks.weighted_loss(task, *args) / self.tasks.log_weights[task].exp()
 
 
 @final

@@ -7,6 +7,7 @@ from task to task and samples of any tasks side by side.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +28,9 @@ class Routed(dict[str, Tensor]):
 
     def padded(self, fill: float = -torch.inf) -> Tensor:
         """(B, max C_t), in the order of the batch; ``fill`` where a task has fewer classes."""
-        rows = [(self.index[task], out.flatten(1)) for task, out in self.items()]
+        if not self:
+            return torch.empty(0, 0)
+        rows = [(self.index[task], out.reshape(len(out), -1)) for task, out in self.items()]
         size = (sum(len(at) for at, _ in rows), max(out.shape[1] for _, out in rows))
         whole = rows[0][1].new_full(size, fill)
         for at, out in rows:
@@ -82,12 +85,16 @@ class TaskHeads(Architecture):
     def task_parts(self, task: str) -> Iterable[Part]:
         return (self.decoders[task],)
 
-    def route(self, x: Any, task_ids: Tensor | Sequence[int | str] | int | str) -> Routed:
+    def route(self, x: Any, task_ids: Tensor | np.ndarray | Sequence[int | str] | int | str) -> Routed:
         """Each sample through its task's head.
+
+        A loss of each task for `MTLOptimizer`, which knows a task that the batch lacks by its None, as all tasks must
+        be named from the first step on: `{t: loss(routed[t], targets[t]) if t in routed else None for t in
+        model.tasks}`.
 
         Args:
             x: a batch of B.
-            task_ids: (B,) integers or names, one for each sample; or one for all.
+            task_ids: (B,) or (B, 1) integers or names, one for each sample; or one for all.
 
         Raises:
             ValueError: an unknown id, or another number of them than samples.
@@ -102,8 +109,10 @@ class TaskHeads(Architecture):
         return Routed({task: self.decoders[task](z[at[task]]) for task in present}, at)
 
     def _names(self, task_ids: Any, batch: int) -> list[str]:
-        given = task_ids.tolist() if isinstance(task_ids, Tensor) else task_ids
-        ids = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * batch
+        if isinstance(task_ids, Tensor | np.ndarray):
+            task_ids = task_ids.reshape(-1).tolist() if task_ids.ndim else task_ids.item()
+        one = isinstance(task_ids, str) or not isinstance(task_ids, Sequence)
+        ids: list[Any] = [i.item() if isinstance(i, Tensor) else i for i in ([task_ids] * batch if one else task_ids)]
         names = {task: task if isinstance(task, str) else self.ids.get(task, "") for task in ids}
         for task, name in names.items():
             if name not in self.decoders:

@@ -20,8 +20,9 @@ metrics in test batches of 2, averaged over the last 10 epochs, surgery on all b
 single-task SegNet.
 
 `--protocol deeplab` (LibMTL's tables): ResNet-50 with dilation, pretrained on ImageNet, and an ASPP decoder, Adam 1e-4
-with weight decay 1e-5, halved after 100 of 200 epochs, batch 8 (PLE: 4), the last smaller batch dropped, no
-augmentation, metrics over all pixels, the best epoch on the test set, Delta-m against equal weights on HPS.
+with weight decay 1e-5, halved after 100 of 200 epochs, batch 8 (PLE: 4, and no stem that experts share), the last
+smaller batch dropped, no augmentation, metrics over all pixels, the best epoch on the test set, Delta-m against equal
+weights on HPS. Like LibMTL's runs, it adds no penalty of an architecture's own to the losses.
 """
 
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 from gradsurgery.architectures import LTB, AdaShare, Architecture, SegNetMTAN
 from gradsurgery.recipes.harness import pictures
 from gradsurgery.recipes.harness.benchmark import Benchmark, Metric, Predictor, RecipeError, Task
-from gradsurgery.recipes.harness.compare import Options, command, compare, parse_options
+from gradsurgery.recipes.harness.compare import Options, command, compare, method_infos, parse_options
 from gradsurgery.recipes.harness.dense import (
     TASKS,
     DenseFolder,
@@ -51,7 +52,7 @@ from gradsurgery.recipes.harness.dense import (
 )
 from gradsurgery.recipes.harness.metrics import DepthError, NormalAngles, Over, segmentation_meter, valid_pixels
 from gradsurgery.recipes.harness.report import open_console
-from gradsurgery.recipes.nyuv2_models import Arch, Choice, EncoderName, build_model, default_encoder
+from gradsurgery.recipes.nyuv2_models import PRETRAINED, Arch, Choice, EncoderName, build_model, default_encoder
 from gradsurgery.recipes.nyuv2_published import published
 from gradsurgery.recipes.rooms import CLASSES, render_rooms
 
@@ -164,20 +165,17 @@ def make_benchmark(args: Args) -> Benchmark:
     # An encoder of one's own leaves the protocol's architecture.
     own = args.encoder is not None and args.encoder != preset.encoder
     arch = args.arch or ("hps" if own else preset.arch)
+    check_positive(args)
     epochs, lr = args.epochs or preset.epochs, args.lr or preset.lr
     augment = preset.augment if args.augment is None else args.augment
     root = args.data or render(args)
     train, test = (DenseFolder(root, split, TASKS, len(CLASSES)) for split in ("train", "val"))
     if train.size is None or train.size != test.size:
         raise RecipeError(f"{test.folder} has images of {test.size}: expected {train.size}, as in {train.folder}.")
-    choice = Choice(
-        arch,
-        args.encoder or preset.encoder or default_encoder(arch),
-        train.size,
-        OUT_CHANNELS,
-        preset.pretrained if args.pretrained is None else args.pretrained,
-        parse_options(args.arch_option),
-    )
+    encoder = args.encoder or default_encoder(arch, preset.encoder)
+    pretrained = preset.pretrained and encoder in PRETRAINED if args.pretrained is None else args.pretrained
+    options = ({"stem": 0} if protocol == "deeplab" and arch == "ple" else {}) | parse_options(args.arch_option)
+    choice = Choice(arch, encoder, train.size, OUT_CHANNELS, pretrained, options)
     height, width = train.size
     kind, halved = "real data" if args.data else "rendered rooms", preset.schedule == "step"
     # LibMTL's tables halve the batch for PLE, which did not fit its card.
@@ -200,20 +198,28 @@ def make_benchmark(args: Args) -> Benchmark:
         last=min(preset.last, epochs),
         each_epoch=anneal,
         floor=lambda: constant_prediction(train),
-        published=published(protocol, arch, args.options.method) if protocol and args.data else (),
+        published=published(protocol, arch, method_infos(args.options)) if protocol and args.data else (),
         pictures=lambda predict, folder, title: pictures.dense(
             test, predict, CLASSES, folder / "predictions.png", title
         ),
         settings={
             "data": str(root),
             "protocol": protocol or "none",
-            "arch": " ".join([arch, *args.arch_option]),
+            "arch": " ".join([arch, *(f"{name}={value}" for name, value in options.items())]),
             "encoder": choice.encoder + (" (pretrained)" if choice.pretrained else ""),
             "optimizer": f"Adam {lr:g}" + (f", weight decay {preset.weight_decay:g}" if preset.weight_decay else ""),
             "schedule": "lr halved every 100 epochs" if halved else f"cosine to 0 over {epochs} epochs",
             "augment": augment,
         },
     )
+
+
+def check_positive(args: Args) -> None:
+    """Raises RecipeError: a number that must be above 0 is not."""
+    for name in ("epochs", "batch_size", "lr"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise RecipeError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
 
 
 def tasks_of(over: Over) -> dict[str, Task]:

@@ -1,7 +1,7 @@
 """The networks of the NYUv2 recipe: an architecture of the zoo, an encoder that it can take, a decoder a task."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +18,8 @@ Arch = Literal[
 EncoderName = Literal["small", "stages", "resnet18", "resnet50", "segnet"]
 WHOLE = ("hps", "mmoe", "cgc", "dselect_k")
 """designs that take an encoder as it is; the others cut it into stages"""
+PRETRAINED = ("resnet18", "resnet50")
+"""encoders with weights that torchvision fetches"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def conv(channels: int, out: int, stride: int = 1, dilation: int = 1) -> nn.Sequ
 
 def encoder_of(choice: Choice) -> tuple[Callable[[], nn.Module], Callable[[int], nn.Module]]:
     """What makes the encoder, and what makes a decoder of so many channels for it."""
-    weights = "DEFAULT" if choice.pretrained else None
+    # Those of the published runs; torchvision has better ones by now.
+    weights = "IMAGENET1K_V1" if choice.pretrained else None
     match choice.encoder:
         case "small":
             return SmallEncoder, lambda out: Decoder(48, out, choice.size)
@@ -106,36 +109,48 @@ def encoder_of(choice: Choice) -> tuple[Callable[[], nn.Module], Callable[[int],
         case "resnet18":
             return lambda: dilated_resnet("resnet18", 32, weights), lambda out: Decoder(512, out, choice.size)
         case "resnet50":
-            return lambda: dilated_resnet("resnet50", 8, weights), lambda out: ASPPDecoder(2048, out, choice.size)
+            return lambda: dilated_resnet("resnet50", 8, weights), lambda out: aspp(out, choice.size)
         case "segnet":
             return SegNet, segnet_head
 
 
+def aspp(out: int, size: tuple[int, int]) -> ASPPDecoder:
+    return ASPPDecoder(2048, out, size, align_corners=True)
+
+
 def build_model(choice: Choice) -> Architecture:
-    """Raises RecipeError: the architecture cannot take the encoder, or has no such option."""
+    """One task alone has a network without any sharing, whatever the others are to share.
+
+    Raises:
+        RecipeError: the architecture cannot take the encoder, or has no such option.
+    """
+    if len(choice.channels) == 1:
+        choice = replace(choice, arch="hps", options=None)
     if choice.encoder in ("small", "segnet") and choice.arch not in (*WHOLE, "segnet_mtan"):
         raise RecipeError(
-            f"--arch {choice.arch} cuts its encoder into stages, which {choice.encoder} has none of: choose --encoder "
-            f"stages, resnet18 or resnet50, or --arch {', '.join(WHOLE)}."
+            f"--arch {choice.arch} cuts its encoder into stages, and {choice.encoder} (--encoder or --protocol mtan) "
+            f"has none: choose --protocol deeplab, --encoder stages, resnet18 or resnet50, or one of --arch "
+            f"{', '.join(WHOLE)}."
         )
     if choice.arch == "segnet_mtan" and choice.encoder != "segnet":
         raise RecipeError(f"--arch segnet_mtan is a SegNet: leave --encoder {choice.encoder} out.")
-    if choice.pretrained and choice.encoder not in ("resnet18", "resnet50"):
-        raise RecipeError(f"--pretrained is for resnet18 and resnet50; {choice.encoder} has no published weights.")
+    if choice.pretrained and choice.encoder not in PRETRAINED:
+        raise RecipeError(f"--pretrained is for {' and '.join(PRETRAINED)}; {choice.encoder} has no published weights.")
     make, decoder = encoder_of(choice)
     if choice.arch == "segnet_mtan":
         make, decoder = None, segnet_head
     try:
         decoders = {task: decoder(out) for task, out in choice.channels.items()}
         model = build(choice.arch, make, decoders, **(choice.options or {}))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
     return model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
 
 
-def default_encoder(arch: Arch) -> EncoderName:
-    """For rendered rooms, which two CPU cores can train on in minutes."""
-    return "small" if arch in WHOLE else "segnet" if arch == "segnet_mtan" else "stages"
+def default_encoder(arch: Arch, preset: EncoderName | None) -> EncoderName:
+    """The preset's; None: one with which two CPU cores learn rendered rooms in minutes. SegNetMTAN has its own."""
+    small = "small" if arch in WHOLE else "stages"
+    return "segnet" if arch == "segnet_mtan" else preset or small
 
 
 ARCHS: tuple[Arch, ...] = get_args(Arch)

@@ -7,8 +7,11 @@ median angle of the normals (degrees), and their shares under 11.25, 22.5 and 30
 al., NeurIPS 2023, table 1), DB-MTL (arXiv 2308.12029, table 6) and NTKMTL (table 1), where each method's authors or the
 first to run it are quoted; ``STL`` is a SegNet for each task. ``MTAN_LIBMTL``: LibMTL's own runs of the same, means
 of three seeds. ``DEEPLAB``: LibMTL's runs with a dilated ResNet-50 and ASPP, one seed, the best epoch on the test set
-(examples/nyu/results of https://github.com/median-research-group/LibMTL at 4336804).
+(examples/nyu/results of https://github.com/median-research-group/LibMTL at 4336804), with MGDA and IMTL at the
+representation.
 """
+
+from collections.abc import Iterable
 
 from gradsurgery.recipes.harness.benchmark import Row
 
@@ -159,20 +162,24 @@ dselect_k     rlw          52.25 74.92 0.3807 0.1561 22.47 15.73 37.74 63.75 74.
 TABLES = {"mtan": {"published": MTAN, "LibMTL": MTAN_LIBMTL}, "deeplab": {"LibMTL": DEEPLAB}}
 BASELINES = {"mtan": ("published", "segnet_mtan", "STL"), "deeplab": ("LibMTL", "hps", "ew")}
 """what Delta-m is taken against: the papers' single-task row, and LibMTL's equal weights"""
+AT_REPRESENTATION = {"deeplab": ("mgda", "imtl"), "mtan": ()}
+"""methods whose published runs had `--engine representation`"""
 
 
-def published(protocol: str, arch: str, methods: tuple[str, ...]) -> tuple[Row, ...]:
+def published(protocol: str, arch: str, methods: Iterable[str]) -> tuple[Row, ...]:
     """The baseline of Delta-m first, then what was published of these methods with this architecture.
 
     Args:
         protocol: ``"mtan"`` or ``"deeplab"``.
+        methods: names, as `gradsurgery.list_methods` has them.
     """
     rows = {}
     for source, table in TABLES[protocol].items():
         for line in table.strip().splitlines():
             design, method, *values = line.split()
             other = "" if design == arch or method == "STL" else f"{design} "
-            name = f"{other}{method} ({source})"
+            where = ", at the representation" if method in AT_REPRESENTATION[protocol] else ""
+            name = f"{other}{method} ({source}{where})"
             rows[source, design, method] = Row(name, dict(zip(COLUMNS, map(float, values), strict=True)))
     baseline = BASELINES[protocol]
     wanted = [(source, arch, method) for method in methods for source in TABLES[protocol]]

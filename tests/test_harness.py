@@ -119,6 +119,15 @@ def test_the_best_epoch_is_reported_where_a_protocol_asks_for_it() -> None:
     assert reported(replace(waves(), last=2), history)["sine/mse"] == pytest.approx(0.35)
 
 
+def test_each_task_counts_the_same_for_the_best_epoch() -> None:
+    benchmark = waves()
+    several = replace(benchmark.tasks["square"], metrics=(Metric("mse"), Metric("a"), Metric("b")))
+    benchmark = replace(benchmark, last=0, tasks={"sine": benchmark.tasks["sine"], "square": several})
+    one_task = {"sine/mse": 0.4, "square/mse": 1.0, "square/a": 1.0, "square/b": 1.0}
+    most_metrics = {"sine/mse": 1.0, "square/mse": 0.7, "square/a": 0.7, "square/b": 0.7}
+    assert reported(benchmark, [dict.fromkeys(one_task, 1.0), most_metrics, one_task]) == one_task
+
+
 def test_a_smaller_last_batch_may_be_dropped() -> None:
     benchmark = replace(waves(), batch_size=7, augment=None)
     full, rest = divmod(len(benchmark.train), 7)  # pyright: ignore[reportArgumentType]

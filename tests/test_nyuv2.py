@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradsurgery.architectures import HPS, SegNetMTAN
 from gradsurgery.recipes import nyuv2, nyuv2_models
 from gradsurgery.recipes.harness import RecipeError, checkpoint, dense, evaluate
 from gradsurgery.recipes.harness.compare import Options
@@ -251,7 +252,42 @@ def test_libmtls_protocol(data: Path) -> None:
     # Equal weights on HPS come first: Delta-m is taken against them.
     assert [row.name for row in benchmark.published] == ["hps ew (LibMTL)", "ew (LibMTL)", "uw (LibMTL)"]
     assert benchmark.published[0].values["segmentation/mIoU"] == 54.10
+    assert benchmark.settings["arch"] == "ple stem=0"
     assert nyuv2.make_benchmark(replace(args, arch="hps")).batch_size == 8
+    # Rows are found by whatever spelling the optimizer takes, and say where surgery was.
+    args = replace(args, arch="hps", options=Options(method=("MGDA", "Nash-MTL")))
+    names = [row.name for row in nyuv2.make_benchmark(args).published]
+    assert names == ["ew (LibMTL)", "mgda (LibMTL, at the representation)", "nash_mtl (LibMTL)"]
+
+
+def test_what_was_not_typed_suits_what_was(data: Path) -> None:
+    """An encoder or weights of the protocol's are left where they do not go with what was asked for."""
+    args = nyuv2.Args(data=data, protocol="deeplab")
+    for changed, encoder in (
+        ({"arch": "segnet_mtan"}, "segnet"),
+        ({"encoder": "small", "arch": "hps"}, "small"),
+        ({"encoder": "resnet18"}, "resnet18 (pretrained)"),
+    ):
+        assert nyuv2.make_benchmark(replace(args, **changed)).settings["encoder"] == encoder
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"epochs": -1}])
+def test_numbers_that_would_be_taken_for_none_are_refused(data: Path, wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(RecipeError, match=f"--{name.replace('_', '-')} .*above 0"):
+        nyuv2.make_benchmark(nyuv2.Args(data=data, **wrong))
+
+
+def test_the_protocol_on_rendered_rooms(cache: Path) -> None:
+    """SegNet halves 72 x 96 five times, 72 not without a rest; a task alone is a SegNet without attention."""
+    benchmark = nyuv2.make_benchmark(nyuv2.Args(cache=cache, rooms=(24, 5), size=(72, 96), protocol="mtan"))
+    model = benchmark.model(tuple(benchmark.tasks))
+    assert isinstance(model, SegNetMTAN)
+    x = torch.zeros(1, 3, 72, 96)
+    with torch.no_grad():
+        assert {tuple(y.shape[-2:]) for y in model.eval()(x).values()} == {(72, 96)}
+        alone = benchmark.model(("depth",))
+        assert isinstance(alone, HPS) and alone.eval()(x)["depth"].shape == (1, 1, 72, 96)
 
 
 def test_published_rows_have_their_delta_m() -> None:
@@ -272,7 +308,7 @@ def test_published_rows_have_their_delta_m() -> None:
 @pytest.mark.parametrize("arch", nyuv2_models.ARCHS)
 def test_every_architecture_gives_full_size_maps(arch: nyuv2_models.Arch) -> None:
     size = (64, 96)
-    choice = nyuv2_models.Choice(arch, nyuv2_models.default_encoder(arch), size, nyuv2.OUT_CHANNELS)
+    choice = nyuv2_models.Choice(arch, nyuv2_models.default_encoder(arch, None), size, nyuv2.OUT_CHANNELS)
     model = nyuv2.build_model(choice).eval()
     with torch.no_grad():
         out = model(torch.zeros(1, 3, *size))
@@ -282,7 +318,7 @@ def test_every_architecture_gives_full_size_maps(arch: nyuv2_models.Arch) -> Non
 
 @pytest.mark.parametrize("encoder", ["stages", "resnet18", "resnet50", "segnet"])
 def test_every_encoder_gives_full_size_maps(encoder: nyuv2_models.EncoderName) -> None:
-    choice = nyuv2_models.Choice("mmoe", encoder, (64, 96), {"depth": 1}, options={"num_experts": 1})
+    choice = nyuv2_models.Choice("mmoe", encoder, (64, 96), {"depth": 1, "normal": 3}, options={"num_experts": 1})
     with torch.no_grad():
         assert nyuv2.build_model(choice).eval()(torch.zeros(1, 3, 64, 96))["depth"].shape == (1, 1, 64, 96)
 
@@ -291,13 +327,15 @@ def test_what_cannot_be_built_is_refused() -> None:
     def refused(message: str, arch: str, encoder: str, **options: Any) -> None:
         with pytest.raises(RecipeError, match=message):
             nyuv2.build_model(
-                nyuv2_models.Choice(arch, encoder, (64, 96), {"depth": 1}, **options)  # type: ignore[arg-type]
+                nyuv2_models.Choice(arch, encoder, (64, 96), {"depth": 1, "normal": 3}, **options)  # type: ignore[arg-type]
             )
 
-    refused("cuts its encoder into stages, which segnet has none of", "ple", "segnet")
+    refused(r"cuts its encoder into stages, and segnet .* has none", "ple", "segnet")
     refused("segnet_mtan is a SegNet", "segnet_mtan", "resnet50")
     refused("stages has no published weights", "hps", "stages", pretrained=True)
     refused("MMoE has no option 'k'", "mmoe", "small", options={"k": 2})
+    refused("num_experts must be a whole number", "mmoe", "small", options={"num_experts": "many"})
+    refused("not supported between", "dselect_k", "small", options={"gamma": "wide"})
 
 
 def test_the_schedules_inside_architectures() -> None:
@@ -306,7 +344,7 @@ def test_the_schedules_inside_architectures() -> None:
     assert ltb.temperature.isinf()
     nyuv2.anneal(ltb, 99, 200)
     assert float(ltb.temperature) == 1.0
-    adashare = nyuv2.build_model(nyuv2_models.Choice("adashare", "stages", (16, 16), {"a": 1}))
+    adashare = nyuv2.build_model(nyuv2_models.Choice("adashare", "stages", (16, 16), {"a": 1, "b": 1}))
     nyuv2.anneal(adashare, 2, 200)
     assert float(adashare.temperature) == pytest.approx(5 * 0.965**2)
 
@@ -413,7 +451,7 @@ def test_real_data_and_its_mistakes_on_the_command_line(
     assert "arch mmoe num_experts=2 stem=1" in words and "weight decay 1e-05" in words
 
     code, _, err = main("--data", root, "--arch", "ple", "--out", tmp_path / "ple", *small)
-    assert code == 2 and "cuts its encoder into stages, which small has none of" in err
+    assert code == 2 and "cuts its encoder into stages, and small" in err
     code, _, err = main("--data", tmp_path / "nowhere", *small)
     assert code == 2 and "nowhere is missing: expected" in err
     code, _, err = main("--data", root, "--out", tmp_path / "other", "--encoder", "small", "--method", "pcgrat")

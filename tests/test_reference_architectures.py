@@ -185,12 +185,11 @@ def test_gates_are_linear(name: str) -> None:
 def dselect_logits(model: DSelectK, task: str, x: Tensor, layout: str) -> tuple[list[Tensor], list[Tensor]]:
     gate = model.gates[task]
     read = oracle.mean(model.experts.stem(x), channel(layout))
-    if gate.bits.in_features == 0:
+    if not hasattr(gate.bits, "weight"):
         return [gate.bits.bias] * len(x), [gate.mixing.bias] * len(x)
     return [oracle.affine(gate.bits, v) for v in read], [oracle.affine(gate.mixing, v) for v in read]
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(("gamma", "per_sample"), grid((1.0, 8.0), (True, False)))
 @pytest.mark.parametrize(("E", "k"), [(2, 1), (2, 2), (3, 2), (4, 1), (4, 3), (5, 3), (8, 2)])
 def test_dselect_k(E: int, k: int, gamma: float, per_sample: bool) -> None:
@@ -357,6 +356,7 @@ def test_segnet_and_segnet_mtan(mode: str) -> None:
 def test_ltb_at_evaluation(layout: str) -> None:
     model, x = make(LTB, layout, "eval"), data(layout)
     assert model.logits.shape == (len(WIDTHS) - 1, T, T)
+    model.anneal(10, 20)
     for _ in range(5):
         with torch.no_grad():
             model.logits.copy_(torch.randn(model.logits.shape))
@@ -614,7 +614,6 @@ def test_sizes_of_mixtures(stem: int) -> None:
     assert total(model) - heads_size(model) == expected
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(("E", "m", "per_sample"), [(4, 2, True), (5, 3, True), (5, 3, False), (8, 3, False)])
 def test_sizes_of_dselect_k(E: int, m: int, per_sample: bool) -> None:
     """k (m + 1) maps of the input with their biases, or the biases alone."""

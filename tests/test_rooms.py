@@ -10,6 +10,8 @@ import pytest
 
 from gradsurgery.recipes import rooms
 
+pytestmark = pytest.mark.xdist_group("rooms")
+
 TRAIN, VAL, HEIGHT, WIDTH = 100, 6, 72, 96
 CHANNELS = {"image": (3,), "label": (), "depth": (1,), "normal": (3,)}
 FLOOR, CEILING = rooms.CLASSES.index("floor"), rooms.CLASSES.index("ceiling")

@@ -80,6 +80,50 @@ def test_losses_and_weights_come_back_in_order() -> None:
     assert weights == [1.0, 1.0, 1.0]
 
 
+def test_a_learned_weight_has_its_optimum_at_the_inverse_loss() -> None:
+    layers = [{"name": "a", "layers": nn.Identity(), "loss": MSELoss(), "loss_weight": "auto", "loss_init_val": 0.5}]
+    y, target = torch.full((4, 1), 3.0), torch.zeros(4, 1)
+    graph, model = TaskGraph(layers, ["a"]), MTLModel(layers, ["a"])
+    loss = graph.loss("a")
+    assert loss is not None and loss(y, target).item() == 9
+    torch.testing.assert_close(graph.weighted_loss("a", y, target), torch.tensor(0.5 * 9 - math.log(0.5)))
+    # In torchMTL's loop the product of the two is the same, with the same gradient.
+    _, (scaled,), (weight,) = model(y)
+    (expected,) = torch.autograd.grad(graph.weighted_loss("a", y, target), list(graph.task_parameters("a")))
+    product = weight * scaled(y, target)
+    (found,) = torch.autograd.grad(product, list(model.parameters()))
+    torch.testing.assert_close(product, graph.weighted_loss("a", y, target))
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        graph.log_weights["a"].fill_(-math.log(9))
+    (at_optimum,) = torch.autograd.grad(graph.weighted_loss("a", y, target), list(graph.task_parameters("a")))
+    assert at_optimum.abs() < 1e-6
+
+
+def test_a_loss_with_a_given_weight_or_none() -> None:
+    layers = [
+        {"name": "a", "layers": nn.Identity(), "loss": MSELoss(), "loss_weight": 3},
+        {"name": "b", "layers": nn.Identity(), "loss": MSELoss()},
+        {"name": "c", "layers": nn.Identity()},
+    ]
+    graph, y = TaskGraph(layers, ["a", "b", "c"]), torch.ones(2, 1)
+    assert graph.weighted_loss("a", y, 0 * y).item() == 3
+    assert graph.weighted_loss("b", y, 0 * y).item() == 1
+    with pytest.raises(ValueError, match="'c' has no 'loss'"):
+        graph.weighted_loss("c", y, y)
+
+
+def test_the_attributes_of_torchmtl() -> None:
+    tasks = readme()
+    model = MTLModel(tasks, ["Task3", "Task1"])
+    assert model.task_layers == tasks and model.output_tasks == ["Task3", "Task1"]
+    assert model.layer_names == [task["name"] for task in tasks]
+    assert list(model.losses) == model.layer_names and model.losses["Task1"] is tasks[3]["loss"]
+    assert model.losses["Embed1"] is None
+    assert model.loss_weights["Task1"] == 1.0 and isinstance(model.loss_weights["Task3"], Tensor)
+    copy.deepcopy(model)
+
+
 def test_layers_run_as_they_are_described() -> None:
     torch.manual_seed(0)
     tasks = readme()
@@ -165,7 +209,7 @@ def test_surgery_on_a_graph() -> None:
     first = None
     for _ in range(100):
         opt.zero_grad()
-        losses = {task: model.loss(task)(out, y[task]) for task, out in model(X).items()}  # pyright: ignore
+        losses = {task: model.weighted_loss(task, out, y[task]) for task, out in model(X).items()}
         first = first or sum(loss.item() for loss in losses.values())
         opt.step(losses)
     assert sum(loss.item() for loss in losses.values()) < 0.7 * first

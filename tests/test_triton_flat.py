@@ -217,6 +217,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+pytestmark = pytest.mark.xdist_group("triton flat")
+
 # Two of the modules lie hidden behind functions of their name.
 columns, combine, gramian = (
     importlib.import_module(f"gradsurgery.kernels.device.{name}") for name in ("columns", "combine", "gramian")

@@ -214,6 +214,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from gradsurgery.solvers.device import launch
 
+pytestmark = pytest.mark.xdist_group("triton solvers")
+
 shared = {"RADIUS": 0.4, "BETA": 0.01}
 # The fair kernel serves two operators, FairGrad's and, at a power of 1, Nash-MTL's.
 parts = [(name, 0.5) for name in ("cagrad", "dual_cone", "fair", "min_norm", "visits")] + [("fair", 1.0)]

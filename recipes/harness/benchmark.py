@@ -80,8 +80,8 @@ class Benchmark:
     augment: Callable[[Sample, np.random.Generator], Sample] | None = None
     """drawn from (seed, epoch, index) alone"""
     last: int = 1
-    """the reported metrics are the mean over so many last epochs; 0: those of the epoch with the best Delta-m against
-    the first, which looks at the test set"""
+    """the reported metrics are the mean over so many last epochs; 0: those of the epoch with the best mean of the
+    tasks' Delta-m against the first, which looks at the test set"""
     drop_last: bool = False
     """whether an epoch leaves out a last batch that is smaller"""
     each_epoch: Callable[[Any, int, int], None] | None = None

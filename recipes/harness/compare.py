@@ -18,6 +18,7 @@ from gradsurgery.recipes.harness.benchmark import Benchmark, RecipeError, Row
 from gradsurgery.recipes.harness.data import steps_per_epoch
 from gradsurgery.recipes.harness.evaluate import evaluate, reported
 from gradsurgery.recipes.harness.train import Interrupted, Run, Surgery, train
+from gradsurgery.registry import MethodInfo
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,8 @@ def _device(name: str) -> torch.device:
 
 def _surgeries(options: Options) -> dict[str, Surgery]:
     """Run name -> what to train; the library itself judges names and hyperparameters, before anything is trained."""
-    if not options.method:
-        raise RecipeError("--method needs at least one name; gradsurgery.list_methods() lists them.")
+    infos = method_infos(options)
     try:
-        infos = {info.name: info for info in map(get_method, options.method)}
         surgeries = {
             name: Surgery(
                 name,
@@ -146,6 +145,20 @@ def _surgeries(options: Options) -> dict[str, Surgery]:
     except (ValueError, TypeError, LookupError) as error:
         raise RecipeError(str(error.args[0] if error.args else error)) from error
     return surgeries
+
+
+def method_infos(options: Options) -> dict[str, MethodInfo]:
+    """By name, the methods that were asked for, however they were spelled.
+
+    Raises:
+        RecipeError: an unknown one, or none.
+    """
+    if not options.method:
+        raise RecipeError("--method needs at least one name; gradsurgery.list_methods() lists them.")
+    try:
+        return {info.name: info for info in map(get_method, options.method)}
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def parse_hparams(texts: Sequence[str], method: str, known: dict[str, set[str]]) -> dict[str, Any]:

@@ -55,6 +55,9 @@ def reported(benchmark: Benchmark, history: Sequence[dict[str, float]]) -> dict[
 
 
 def best(benchmark: Benchmark, history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The epoch with the lowest Delta-m against the first."""
-    higher = {key: m.higher_is_better for key, m in benchmark.columns.items() if history[0][key]}
-    return min(history, key=lambda row: delta_m(row, history[0], higher))
+    """The epoch with the lowest mean, over tasks, of Delta-m against the first, as LibMTL chooses it."""
+    higher = [
+        {f"{name}/{m.name}": m.higher_is_better for m in task.metrics if history[0][f"{name}/{m.name}"]}
+        for name, task in benchmark.tasks.items()
+    ]
+    return min(history, key=lambda row: np.mean([delta_m(row, history[0], task) for task in higher if task] or [0.0]))
