@@ -19,6 +19,8 @@ from gradsurgery.kernels.accelerator import TRITON
 from gradsurgery.methods.graddrop import GradDrop, draw
 from gradsurgery.methods.trimmed_mean import TrimmedMean
 
+pytestmark = pytest.mark.xdist_group("triton flat")
+
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 needs_cuda = pytest.mark.skipif(
@@ -216,8 +218,6 @@ import torch
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-
-pytestmark = pytest.mark.xdist_group("triton flat")
 
 # Two of the modules lie hidden behind functions of their name.
 columns, combine, gramian = (

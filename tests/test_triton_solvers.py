@@ -21,6 +21,8 @@ from gradsurgery.methods.pcgrad import draw_orders, pcgrad
 from gradsurgery.solvers.accelerator import TRITON
 from gradsurgery.stats import Needs
 
+pytestmark = pytest.mark.xdist_group("triton solvers")
+
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 needs_cuda = pytest.mark.skipif(
@@ -213,8 +215,6 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from gradsurgery.solvers.device import launch
-
-pytestmark = pytest.mark.xdist_group("triton solvers")
 
 shared = {"RADIUS": 0.4, "BETA": 0.01}
 # The fair kernel serves two operators, FairGrad's and, at a power of 1, Nash-MTL's.
