@@ -120,6 +120,11 @@ class CompiledBackward:
                 "accumulate() holds rows from one micro-batch to the next, and a compiled step keeps none. Use "
                 "opt.backward(losses) inside it."
             )
+        if surgery.ranks() is not None:
+            raise RuntimeError(
+                "A compiled step takes the gradients of one process, and other ranks train this model too. Compile the "
+                "model alone (torch.compile(model)) and use opt.backward(losses)."
+            )
         program, rule = self._program(surgery, args, kwargs), surgery.rule
         before = rule.snapshot()
         try:

@@ -14,31 +14,43 @@ Output: TypeAlias = Tensor | GradientEdge
 
 @dataclass(frozen=True)
 class TaskLosses:
-    """The losses of one batch.
+    """The losses of one batch, or of this process's part of it.
 
     Attributes:
         tasks: names of all T tasks, in the order of their axes.
-        outputs: what to differentiate, a task; None where it is absent.
-        values: (T,) float64, detached; NaN where a task is absent.
+        outputs: what to differentiate, a task; None where it is absent here.
+        values: (T,) float64, detached, of the whole batch; NaN where a task is absent from it.
+        share: (T,) float64, of this process's losses in those of the whole batch; None where it has the whole.
+        elsewhere: positions of the tasks that only other processes have.
     """
 
     tasks: tuple[str, ...]
     outputs: tuple[Output | None, ...]
     values: Tensor
+    share: Tensor | None = None
+    elsewhere: frozenset[int] = frozenset()
+
+    @property
+    def here(self) -> list[int]:
+        """Positions of the tasks that there is something to differentiate of."""
+        return [t for t, output in enumerate(self.outputs) if output is not None]
 
     @property
     def present(self) -> list[int]:
-        """Positions of the tasks in this batch."""
-        return [t for t, output in enumerate(self.outputs) if output is not None]
+        """Positions of the tasks in the whole batch."""
+        return sorted({*self.here, *self.elsewhere}) if self.elsewhere else self.here
 
 
-def read_losses(losses: Losses, tasks: tuple[str, ...] | None, *, graph: bool = True) -> TaskLosses:
+def read_losses(
+    losses: Losses, tasks: tuple[str, ...] | None, *, graph: bool = True, device: torch.device | None = None
+) -> TaskLosses:
     """Checks losses and lines them up with the tasks known so far.
 
     Args:
         losses: T scalars: a sequence or mapping (None, or a missing key, for an absent task), or a vector (T,).
         tasks: names from an earlier batch, or None at the first.
         graph: whether the losses are to be differentiated, and must have a graph.
+        device: of the values, where every task may be absent; None: one must be there.
 
     Raises:
         TypeError: not one of those forms, or an entry is no tensor.
@@ -59,6 +71,8 @@ def read_losses(losses: Losses, tasks: tuple[str, ...] | None, *, graph: bool = 
         raise ValueError("No losses: pass one scalar loss a task.")
     known = tuple(given) if tasks is None else _match(given, tasks, by_name=isinstance(losses, Mapping))
     outputs = tuple(given.get(name) for name in known)
+    if device is not None and all(output is None for output in outputs):
+        return TaskLosses(known, outputs, torch.full((len(known),), torch.nan, dtype=torch.float64, device=device))
     _check_devices(known, outputs)
     values = losses.detach().double() if isinstance(losses, Tensor) else _values(outputs)
     return TaskLosses(known, outputs, values)

@@ -63,7 +63,10 @@ class MTLOptimizer(Optimizer):
         average: share of the past in a running mean of the weights, in [0, 1): ``average * mean + (1 - average) *
             weights``, as CR-MOGM (Zhou et al., NeurIPS 2022) steadies any method's weights. 0 takes them as they are.
         preference: T positive numbers, one a task, for the methods that can take them.
-        seed: of the method's random numbers; None derives it from `torch.initial_seed`.
+        seed: of the method's random numbers; None derives it from `torch.initial_seed`. Of several ranks, rank 0's.
+        process_group: the ranks that train this model together, over which task gradients are averaged before the
+            method sees them. None asks the model's `DistributedDataParallel`, if there is one; a model in several
+            processes without it must name its group. Not in copies and pickles.
         **hparams: the method's hyperparameters.
 
     Raises:
@@ -99,6 +102,7 @@ class MTLOptimizer(Optimizer):
         average: float = 0.0,
         preference: Sequence[float] | None = None,
         seed: int | None = None,
+        process_group: Any = None,
         **hparams: Any,
     ):
         # Optimizer.__init__ is left out on purpose: it would build groups and state of its own beside the base's.
@@ -139,11 +143,13 @@ class MTLOptimizer(Optimizer):
                 "it needs update_every > 1, and engine='auto', 'sequential' or 'batched' without measure_on."
             )
         self.base_opt = base_opt
+        self._heads = heads
         self._surgery = Surgery(
             Rule(rule, name, update_every, torch.initial_seed() if seed is None else seed, heads or policy, average),
             road,
             parameters,
             resolve_on_conflict=resolve_on_conflict,
+            process_group=process_group,
         )
         for registry in _HOOKS:
             setattr(self, registry, OrderedDict())
@@ -223,6 +229,40 @@ class MTLOptimizer(Optimizer):
         """
         try:
             return self._surgery.backward(losses, scaler, independent, representation)
+        except RuntimeError as error:
+            if "donated buffers" in str(error):
+                raise RuntimeError(_DONATED) from error
+            raise
+
+    @torch._disable_dynamo
+    def combine(self, losses: Losses, *, independent: Sequence[Losses] | None = None) -> Tensor:
+        """The weighted sum of the losses, on which one ordinary ``backward()`` makes the method's direction.
+
+        It is for whoever wants a scalar loss and does the rest: DeepSpeed, a trainer's ``compute_loss``, automatic
+        optimisation, a wrapper that averages gradients in its own way. Weights are found as in `backward`, by T passes
+        that leave ``.grad`` and the graph as they were, so that a step costs one backward more. Task-specific
+        parameters take the weighted gradient too (``heads="weighted"``); a step between two solves of ``update_every``
+        costs nothing beside the caller's backward. ``.grad`` is the caller's: step with ``opt.step()``, or with what
+        else trains the model.
+
+        Args:
+            losses: as in `backward`; unscaled, under AMP too: scale what is returned.
+            independent: as in `backward`.
+
+        Returns:
+            (), with a graph: ``sum_t w_t L_t``, the weights without one; NaN where a loss or a gradient is not finite.
+
+        Raises:
+            TypeError, ValueError: the losses cannot be used, or the step of this method is no weighted sum (one that
+                works column by column or tracks rows, or ``blocks``, or ``heads="unweighted"``).
+        """
+        if self._heads == "unweighted":
+            raise ValueError(
+                "heads='unweighted' was asked for, and one backward of a weighted sum weighs every parameter. Leave "
+                "heads out, or use opt.backward(losses)."
+            )
+        try:
+            return self._surgery.combine(losses, independent)
         except RuntimeError as error:
             if "donated buffers" in str(error):
                 raise RuntimeError(_DONATED) from error
@@ -402,6 +442,35 @@ class MTLOptimizer(Optimizer):
         self.base_opt.step()
         for hook in self._hooks("_optimizer_step_post_hooks"):
             hook(self, args, kwargs)
+
+
+def backward(opt: Any, losses: Losses, **options: Any) -> StepInfo:
+    """`MTLOptimizer.backward` of an optimizer that a trainer has wrapped, and whose methods it hides.
+
+    Args:
+        opt: an `MTLOptimizer`, or what holds one as its ``optimizer`` (Accelerate, Lightning); the AMP scaler of
+            Accelerate's wrapper is taken into account.
+        losses: as in `MTLOptimizer.backward`.
+        **options: the same.
+
+    Raises:
+        TypeError: there is no `MTLOptimizer` inside.
+    """
+    return unwrap(opt).backward(losses, **{"scaler": getattr(opt, "scaler", None), **options})
+
+
+def unwrap(opt: Any) -> MTLOptimizer:
+    """The `MTLOptimizer` within what a trainer made of it.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner = opt
+    while not isinstance(inner, MTLOptimizer):
+        inner = getattr(inner, "optimizer", None) or getattr(inner, "_optimizer", None)
+        if inner is None:
+            raise TypeError(f"There is no MTLOptimizer in this {type(opt).__name__}: wrap the optimizer before it.")
+    return inner
 
 
 _DONATED = (

@@ -90,6 +90,10 @@ class Parameters:
     def _describe(self, p: Tensor) -> str:
         return f"{self._names.get(p, 'unnamed')} {tuple(p.shape)}"
 
+    def all(self) -> list[Tensor]:
+        """Those of the base optimizer."""
+        return base_parameters(self._base)
+
     def trace(self, losses: TaskLosses) -> None:
         """Learns from their graphs what the losses reach: once a task, and again when the base optimizer's parameters
         or their ``requires_grad`` change. Where parameters outside it were found, every batch is looked at, since only
@@ -104,11 +108,11 @@ class Parameters:
             self._traced.clear()
         if flags != self._flags:
             self._found, self._flags = None, flags
-        new = [t for t in losses.present if losses.tasks[t] not in self._traced]
+        new = [t for t in losses.here if losses.tasks[t] not in self._traced]
         if not new:
             return
-        if self._named is None and self._found is None and len(losses.present) < len(losses.tasks):
-            absent = [losses.tasks[t] for t in range(len(losses.tasks)) if t not in losses.present]
+        if self._named is None and self._found is None and len(losses.here) < len(losses.tasks):
+            absent = [losses.tasks[t] for t in range(len(losses.tasks)) if t not in losses.here]
             raise ValueError(
                 f"Shared parameters are found from the first batch, in which {', '.join(map(repr, absent))} is absent. "
                 "Pass shared_params, or start with a batch that has every task."

@@ -85,7 +85,7 @@ class Rule:
         self.update_every = update_every
         self.heads: HeadPolicy = heads
         self.tasks: tuple[str, ...] | None = None
-        self._seed = seed
+        self.seed = seed
         self._reset()
 
     def _reset(self) -> None:
@@ -123,7 +123,7 @@ class Rule:
                     "build it with the same blocks and shared_params."
                 )
         self.tasks = tasks
-        self._generator = Generator(device).manual_seed(self._seed)
+        self._generator = Generator(device).manual_seed(self.seed)
         if self._random is not None:
             self._restore_random()
 
@@ -327,20 +327,27 @@ class Rule:
         whole[tuple(place)] = tensor
         return whole
 
-    def pack(self, engine: str) -> str:
-        """Everything that a resumed run needs, as one JSON text: a leaf that every checkpoint format keeps."""
-        random = self._random_state()
-        content = {
-            "format": FORMAT,
+    @property
+    def setup(self) -> dict[str, Any]:
+        """What another rule must have in common with this one to go on in its stead."""
+        return {
             "method": self.name,
             "hparams": _hparams(self.method),
             "update_every": self.update_every,
             "heads": self.heads,
             "average": self.average,
+        }
+
+    def pack(self, engine: str) -> str:
+        """Everything that a resumed run needs, as one JSON text: a leaf that every checkpoint format keeps."""
+        random = self._random_state()
+        content = {
+            "format": FORMAT,
+            **self.setup,
             "averaged": None if self._averaged is None else _to_json(self._averaged),
             "engine": engine,
             "tasks": self.tasks,
-            "seed": self._seed,
+            "seed": self.seed,
             "steps": self._steps,
             "solved_for": self._solved_for,
             "finite": self._finite is None or bool(self._finite),
@@ -358,16 +365,9 @@ class Rule:
             ValueError: it was written by another method, with other hyperparameters or tasks, or by a newer format.
         """
         content = json.loads(text)
-        mine = {
-            "method": self.name,
-            "hparams": _hparams(self.method),
-            "update_every": self.update_every,
-            "heads": self.heads,
-            "average": self.average,
-        }
         if content.get("format") != FORMAT:
             raise ValueError(f"The checkpoint has format {content.get('format')!r}; this version reads {FORMAT}.")
-        for key, value in mine.items():
+        for key, value in self.setup.items():
             if content[key] != value:
                 raise ValueError(
                     f"The checkpoint was written with {key} = {content[key]}, and this optimizer has {value}. Build it "
@@ -382,7 +382,7 @@ class Rule:
         self._reset()
         if content is None:
             return
-        self._seed = content["seed"]
+        self.seed = content["seed"]
         if content["tasks"] is None:
             return
         self.tasks = tuple(content["tasks"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurgery.distributed import Group, Ranks, find_ranks, several
 from gradsurgery.engines import Auto, Batch, Engine, Measurement, Representation, Rows
 from gradsurgery.engines.layout import Layout
+from gradsurgery.engines.replicas import joined
 from gradsurgery.engines.representation import Nested
-from gradsurgery.engines.scalar import split_backward, weighted_backward
+from gradsurgery.engines.scalar import split_backward, weighted_backward, weighted_sum
 from gradsurgery.losses import Losses, TaskLosses, node_of, read_losses
 from gradsurgery.parameters import Parameters
 from gradsurgery.registry import TrackedMethod
@@ -37,9 +40,18 @@ class Surgery:
         engine: how gradients are measured.
         parameters: which are shared, in which blocks.
         resolve_on_conflict: see `MTLOptimizer`.
+        process_group: see `MTLOptimizer`.
     """
 
-    def __init__(self, rule: Rule, engine: Engine, parameters: Parameters, *, resolve_on_conflict: bool = False):
+    def __init__(
+        self,
+        rule: Rule,
+        engine: Engine,
+        parameters: Parameters,
+        *,
+        resolve_on_conflict: bool = False,
+        process_group: Group | None = None,
+    ):
         self.rule = rule
         self.engine = engine
         self.parameters = parameters
@@ -56,6 +68,8 @@ class Surgery:
         self._tracked: Tracked | None = None
         self._remembered: list[tuple[Tensor, Tensor]] = []
         self._signature: tuple[object, ...] = ()
+        self._process_group = process_group
+        self._team: tuple[list[int], Ranks | None] = [], None
 
     @property
     def layout(self) -> Layout:
@@ -71,7 +85,7 @@ class Surgery:
     ) -> StepInfo:
         """See `MTLOptimizer.backward`."""
         engine = self.engine if representation is None else self._at(representation)
-        read = read_losses(losses, self.rule.tasks)
+        read = self._read(losses)
         due = self._due(read)
         samples = self._read_samples(read, independent, due=due)
         grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
@@ -94,9 +108,91 @@ class Surgery:
             raise
         return self.info
 
+    def combine(self, losses: Losses, independent: Sequence[Losses] | None) -> Tensor:
+        """See `MTLOptimizer.combine`."""
+        self._check_combines()
+        read = self._read(losses)
+        due = self._due(read)
+        samples = self._read_samples(read, independent, due=due)
+        gradients = self.rule.method.needs is not Needs.LOSSES
+        if gradients:
+            self.prepare(read)
+        self.rule.start(read.tasks, 1, read.values.device)
+        before = self.rule.snapshot()
+        try:
+            if gradients and due:
+                weights = self._solve([read, *samples])
+            else:
+                weights = self._next_weights(read)
+                self.info = step_info(read, weights, None, {}, "combined")
+        except BaseException:
+            self.rule.restore(before)
+            raise
+        ranks = self._team[1]
+        # An ordinary backward is averaged over ranks by whoever wraps the model.
+        factors = weights[0] if ranks is None or read.share is None else weights[0] * read.share * ranks.size
+        return weighted_sum(losses, read, factors, [] if ranks is None else ranks.params)
+
+    def _solve(self, batches: Sequence[TaskLosses]) -> Tensor:
+        """Weights (1, T) from gradients of shared parameters, which leave the graph as it was."""
+        measured = []
+        for losses, layout in zip(batches, self._layouts, strict=True):
+            batch = dataclasses.replace(self._batch(losses, layout), retain=len(measured) == 0)
+            measured.append(joined(self.engine.measure(batch), batch))
+        with torch.no_grad(), torch.autocast(batches[0].values.device.type, enabled=False):
+            weights, gramian, diagnostics = self._weights(batches[0], measured, None)
+        self.info = step_info(batches[0], weights, gramian, diagnostics, measured[0].engine)
+        return weights
+
+    def _check_combines(self) -> None:
+        """Raises ValueError or RuntimeError where the step is not the gradient of a weighted sum."""
+        method, name = self.rule.method, self.rule.name
+        if Needs.COLUMNS in method.needs or isinstance(method, TrackedMethod):
+            how = "column by column" if Needs.COLUMNS in method.needs else "along rows that it tracks"
+            raise ValueError(f"{name} moves {how}, which is no weighted sum of losses. Use opt.backward(losses).")
+        if self.parameters.in_blocks:
+            raise ValueError(
+                "combine() returns one weighted sum for all parameters, while blocks give each its own weights. Use "
+                "blocks='model', or opt.backward(losses)."
+            )
+        if self.holding or self.resolve_on_conflict:
+            what = "accumulate() holds" if self.holding else "resolve_on_conflict compares"
+            raise RuntimeError(
+                f"{what} gradients that combine() leaves to your own backward. Use opt.backward(losses)."
+            )
+
     def observe(self, losses: Losses) -> None:
         """See `MTLOptimizer.observe`."""
-        self.rule.observe(read_losses(losses, self.rule.tasks, graph=False))
+        self.rule.observe(self._read(losses, graph=False))
+
+    def ranks(self) -> Ranks | None:
+        """The ranks that train this model together; None for a single process.
+
+        Raises:
+            RuntimeError, ValueError: see `find_ranks`; and those of an engine that cannot average over them.
+        """
+        params = self.parameters.all()
+        known = [id(p) for p in params]
+        if known != self._team[0] or (self._team[1] is None and several()):
+            self._team = known, find_ranks(params, self._process_group)
+        if self._team[1] is not None and not self.engine.joins:
+            raise ValueError(
+                f"engine={self.engine.name!r} never holds the task gradients that ranks must average. Use "
+                "engine='sequential', 'batched', 'representation' or 'auto'."
+            )
+        return self._team[1]
+
+    def _read(self, losses: Losses, *, graph: bool = True) -> TaskLosses:
+        """The losses, of all ranks where there are several."""
+        ranks = self.ranks()
+        if ranks is None:
+            return read_losses(losses, self.rule.tasks, graph=graph)
+        known = self.rule.tasks
+        read = read_losses(losses, known, graph=graph, device=None if known is None else ranks.params[0].device)
+        if not ranks.agreed:
+            ranks.agree({"tasks": read.tasks, **self.rule.setup})
+            self.rule.seed = ranks.first(self.rule.seed)
+        return ranks.join(read)
 
     def _at(self, representation: Nested) -> Engine:
         """The engine that operates at a representation."""
@@ -141,7 +237,9 @@ class Surgery:
             )
         if self._held_losses is not None:
             if self._held:
-                self.info = self._apply(self._held_losses, self._held, self._held_scale)
+                batches = [self._batch(self._held_losses, layout) for layout in self._layouts]
+                held = [joined(rows, batch) for rows, batch in zip(self._held, batches, strict=False)]
+                self.info = self._apply(self._held_losses, held, self._held_scale)
             elif self._held_weights is not None:
                 self.rule.cached()
                 self.info = step_info(self._held_losses, self._held_weights, None, {}, "weighted")
@@ -156,6 +254,7 @@ class Surgery:
         # Flat rows are rebuilt when they are needed, and nothing of a graph leaves the process.
         held = dict.fromkeys(("_tracked", "_solved", "_held_losses", "_held_scale", "_held_weights"))
         empty = {"_layouts": [], "_held": [], "_signature": (), "holding": False, "_broken": False}
+        held |= {"_process_group": None, "_team": ([], None)}
         return {**self.__dict__, **held, **empty, "_remembered": self.remembered()}
 
     def remembered(self) -> list[tuple[Tensor, Tensor]]:
@@ -199,8 +298,9 @@ class Surgery:
             raise ValueError(f"independent must hold the losses of {SAMPLES} batches; got {len(independent)}.")
         if not due:
             return []
-        samples = [read_losses(sample, losses.tasks) for sample in independent]
-        nodes = [node for batch in (losses, *samples) if (node := node_of(batch.outputs[batch.present[0]])) is not None]
+        samples = [self._read(sample) for sample in independent]
+        first = [batch.outputs[batch.here[0]] for batch in (losses, *samples) if batch.here]
+        nodes = [node for output in first if (node := node_of(output)) is not None]
         if len({*nodes}) < len(nodes):
             raise ValueError("The same losses were passed twice: independent batches come from forwards of their own.")
         if any(sample.present != losses.present for sample in samples):
@@ -212,10 +312,9 @@ class Surgery:
         self.parameters.trace(losses)
         signature = tuple((id(p), p.dtype, p.device, p.shape, p.stride()) for p in self.parameters.shared)
         if not self._layouts or signature != self._signature:
-            _check_local()
             blocks = self.parameters.blocks()
             samples = SAMPLES if Needs.CROSS in self.rule.method.needs else 0
-            layouts = [Layout(blocks) for _ in range(1 + samples)]
+            layouts = [Layout(blocks, self._team[1]) for _ in range(1 + samples)]
             if len(blocks) > 1 and self._layouts and not layouts[0].has_blocks_of(self.layout):
                 raise ValueError(
                     "The shared parameters have changed (one was frozen, or thawed), and with them the blocks, whose "
@@ -232,13 +331,38 @@ class Surgery:
         """Of the batch that moves the model, and of independent ones, of which heads learn nothing."""
         # Its rows are about to be overwritten.
         self._solved = None
-        task_specific, held = self.parameters.task_specific(), self._held or [None] * len(batches)
+        task_specific, held = self._task_specific(), self._held or [None] * len(batches)
         measured = []
         for n, (losses, rows) in enumerate(zip(batches, held, strict=True)):
-            own = task_specific if n == 0 else []
-            batch = Batch(losses, self._layouts[n], own, grad_scale, hold=self.holding)
-            measured.append(engine.measure(batch, rows))
+            batch = self._batch(losses, self._layouts[n], task_specific if n == 0 else [], grad_scale)
+            found = engine.measure(batch, rows)
+            measured.append(found if self.holding else joined(found, batch))
         return measured
+
+    def _task_specific(self) -> list[Tensor]:
+        """The parameters that are not operated on; over ranks, the same ones on each.
+
+        Raises:
+            ValueError: one that the losses reach is not of those that the ranks train.
+        """
+        found, ranks = self.parameters.task_specific(), self._team[1]
+        if ranks is None:
+            return found
+        trained, shared = {id(p) for p in ranks.params}, {id(p) for p in self.parameters.shared}
+        if strangers := [p for p in found if id(p) not in trained]:
+            raise ValueError(
+                f"The losses reach {len(strangers)} parameters (one of shape {tuple(strangers[0].shape)}) that are "
+                "neither in the base optimizer nor in the wrapped model: their gradients would differ from rank to "
+                "rank. Add them to the base optimizer, or freeze them."
+            )
+        return [p for p in ranks.params if id(p) not in shared]
+
+    def _batch(
+        self, losses: TaskLosses, layout: Layout, own: Sequence[Tensor] = (), grad_scale: Tensor | None = None
+    ) -> Batch:
+        whole = bool(self.rule.method.needs & (Needs.COLUMNS | Needs.TRACKED)) or self.resolve_on_conflict
+        scatter = layout.ranks is not None and not whole
+        return Batch(losses, layout, own, grad_scale, hold=self.holding, scatter=scatter)
 
     def _hold(self, batches: Sequence[TaskLosses], grad_scale: Tensor | None, *, due: bool) -> StepInfo:
         """A micro-batch: into the rows, or between two solves of ``update_every`` straight into ``.grad``."""
@@ -261,7 +385,7 @@ class Surgery:
             return self._operate(losses, measured, grad_scale)
 
     def _operate(self, losses: TaskLosses, measured: Sequence[Measurement], grad_scale: Tensor | None) -> StepInfo:
-        batch, *samples = measured
+        batch = measured[0]
         self._solved = batch if self.resolve_on_conflict and isinstance(batch, Rows) else None
         method, name = self.rule.method, batch.engine
         if Needs.COLUMNS in method.needs:
@@ -269,13 +393,22 @@ class Surgery:
             return StepInfo(losses.tasks, losses.values, None, None, None, name)
         if isinstance(method, TrackedMethod):
             return self._track(losses, batch, method, grad_scale)
-        gramian = batch.gramian() if Needs.GRAMIAN in method.needs else None
-        cross = samples[0].cross_gramian(samples[1]) if Needs.CROSS in method.needs else None
+        weights, gramian, diagnostics = self._weights(losses, measured, grad_scale)
+        batch.write(weights, self.head_weights(weights, gramian, diagnostics))
+        return step_info(losses, weights, gramian, diagnostics, name)
+
+    def _weights(
+        self, losses: TaskLosses, measured: Sequence[Measurement], grad_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Weights (B, T), the Gramian (B, T, T) where the method goes by it, and what it reports."""
+        batch, *samples = measured
+        needs = self.rule.method.needs
+        gramian = batch.gramian() if Needs.GRAMIAN in needs else None
+        cross = samples[0].cross_gramian(samples[1]) if Needs.CROSS in needs else None
         if grad_scale is not None:
             gramian, cross = (None if G is None else G / grad_scale.double() ** 2 for G in (gramian, cross))
         weights, diagnostics = self.rule.solve(losses, gramian, cross)
-        batch.write(weights, self.head_weights(weights, gramian, diagnostics))
-        return step_info(losses, weights, gramian, diagnostics, name)
+        return weights, gramian, diagnostics
 
     def _track(
         self, losses: TaskLosses, measured: Measurement, method: TrackedMethod, grad_scale: Tensor | None
@@ -318,9 +451,9 @@ class Surgery:
         rows = self._solved
         fresh = rows is not None and all(p.grad is None for p in self.layout.params)
         if self.rule.heads == "weighted":
-            weighted_backward(losses, weights[0], grad_scale=grad_scale)
+            weighted_backward(losses, weights[0], grad_scale=grad_scale, ranks=self._team[1])
         else:
-            split_backward(Batch(losses, self.layout, self.parameters.task_specific(), grad_scale), weights[0])
+            split_backward(Batch(losses, self.layout, self._task_specific(), grad_scale), weights[0])
         if rows is not None and fresh:
             with torch.autocast(losses.values.device.type, enabled=False):
                 cosines = rows.cosines([p.grad for p in self.layout.params])
@@ -334,20 +467,6 @@ def step_info(
     """What came of a step, with the residual taken out of the method's diagnostics."""
     extra = dict(diagnostics)
     return StepInfo(losses.tasks, losses.values, weights, gramian, extra.pop("residual", None), engine, extra)
-
-
-def _check_local() -> None:
-    """Per-task gradients bypass the hooks by which DDP averages over ranks: replicas would drift apart in silence."""
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise RuntimeError(
-            f"Surgery on {torch.distributed.get_world_size()} processes is not available in this version: each would "
-            "operate on its own gradients, and the replicas would drift apart. Run one process, or use a method that "
-            "needs losses only with heads='weighted' (ew, famo), which takes an ordinary backward."
-        )
 
 
 def _add(first: TaskLosses | None, second: TaskLosses) -> TaskLosses:

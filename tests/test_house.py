@@ -27,15 +27,16 @@ ARROWS: dict[str, set[str]] = {
     "draws": set(),
     "losses": set(),
     "graph": {"losses"},
+    "distributed": {"losses"},
     "solvers": set(),
     "kernels": set(),
     "methods": {"kernels", "registry", "solvers", "stats"},
-    "engines": {"graph", "kernels", "losses", "registry", "stats"},
+    "engines": {"distributed", "graph", "kernels", "losses", "registry", "stats"},
     "functional": {"kernels", "methods", "registry", "stats"},
     "parameters": {"graph", "losses"},
     "rule": {"losses", "registry", "stats"},
     "tracked": {"engines"},
-    "surgery": {"engines", "losses", "parameters", "registry", "rule", "stats", "tracked"},
+    "surgery": {"distributed", "engines", "losses", "parameters", "registry", "rule", "stats", "tracked"},
     "optimizer": {"engines", "losses", "parameters", "registry", "rule", "stats", "surgery"},
     "compiled": {
         "draws",
@@ -174,7 +175,7 @@ def test_no_path_of_a_machine_leaks_in(path: Path) -> None:
 
 
 def test_public_names() -> None:
-    names = ["MTLOptimizer", "StepInfo", "aggregate", "compile_backward", "get_method", "list_methods"]
+    names = ["MTLOptimizer", "StepInfo", "aggregate", "backward", "compile_backward", "get_method", "list_methods"]
     assert sorted(gradsurgery.__all__) == names
     for name in gradsurgery.__all__:
         assert getattr(gradsurgery, name).__doc__

@@ -10,7 +10,8 @@ multiply-adds each time that they are written or read.
 `Gramian` runs where that saves 15 % of the sum over layers, and `WORTH` at least; `Batched` where layers are so
 small (F under `LAUNCH` on average) that launching them costs more than their arithmetic, for `FEW` tasks or more, on
 the CPU; else `Sequential`. Where rows are wanted (methods that go by column, remember rows or compare batches;
-`accumulate`; several blocks), `Gramian` is out; where the chosen one does not pass its check, `Sequential` runs.
+`accumulate`; several blocks; several ranks), `Gramian` is out; where the chosen one does not pass its check,
+`Sequential` runs.
 ``benchmarks/overhead.py`` has what each of them takes.
 """
 
@@ -51,13 +52,13 @@ class Auto(Engine):
         self._chosen: PerLayout[Engine] = PerLayout()
 
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
-        if batch.layout not in self._chosen and len(batch.losses.present) > 1:
+        if batch.layout not in self._chosen and len(batch.losses.here) > 1:
             self._chosen[batch.layout] = self._choose(batch)
         chosen = self._chosen.get(batch.layout, self._sequential)
         return (chosen if chosen.holds or not batch.hold else self._sequential).measure(batch, held)
 
     def _choose(self, batch: Batch) -> Engine:
-        K = len(batch.losses.present)
+        K = len(batch.losses.here)
         by_rows, by_layer, layers, flops = 0.0, 0.0, 0, 0.0
         for node in common_part(survey(batch.losses.outputs)):
             rule = rule_of(node)
@@ -67,7 +68,7 @@ class Auto(Engine):
             by_rows += K * (2 * F + 3 * n * TRAFFIC)
             by_layer += K * F + min(ruled, K * F + K * n * TRAFFIC) + 2 * F
             layers, flops = layers + 1, flops + F
-        single = batch.layout.blocks == 1 and not self._rows
+        single = batch.layout.blocks == 1 and not self._rows and batch.ranks is None
         if single and by_layer < 0.85 * by_rows and by_rows - by_layer > WORTH:
             return self._gramian
         if batch.layout.device.type == "cpu" and K >= FEW and layers and flops / layers < LAUNCH:

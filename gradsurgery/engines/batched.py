@@ -39,10 +39,10 @@ class Batched(Checked):
 
     def _measure(self, batch: Batch, held: Measurement | None, graph: Graph) -> Rows:
         parts = cut(batch, graph)
-        rows = held if isinstance(held, Rows) else Rows(parts.T, batch.layout, self.name)
+        rows = held if isinstance(held, Rows) else Rows(batch, self.name)
         wanted = {id(p) for p in (*batch.layout.params, *parts.foreign)}
         inside = [p for p in parts.trunk.leaves.values() if id(p) in wanted]
-        size = self.chunk_size or len(parts.present)
+        size = self.chunk_size or len(parts.present) or 1
         for first in range(0, len(parts.present), size):
             chunk = slice(first, first + size)
             retain = batch.retain or first + size < len(parts.present)
@@ -51,7 +51,7 @@ class Batched(Checked):
         return rows
 
     def _fault(self, measured: Rows, batch: Batch, expected: Tensor, tolerance: Tensor) -> str | None:
-        off = (measured.sketch(batch.losses.present) - expected).abs() > tolerance[:, None]
+        off = (measured.sketch(batch.losses.here) - expected).abs() > tolerance[:, None]
         if not bool(off.any()):
             return None
         shapes = [tuple(batch.layout.params[n].shape) for n in off.any(dim=0).nonzero().flatten().tolist()]

@@ -95,7 +95,7 @@ class Checked(Engine):
         """A measurement that has been found right; None where it is wrong, or nothing can be told."""
         # What is wrong for some tasks may be right for a single one, or where gradients vanish.
         enough = min(2, len(batch.losses.tasks))
-        if len(batch.losses.present) < enough:
+        if len(batch.losses.here) < enough:
             return None
         expected = _expected(batch)
         scale = expected.square().sum(dim=1).sqrt()
@@ -127,7 +127,7 @@ def _expected(batch: Batch) -> Tensor:
         found = batch.gradients(task, batch.layout.params, retain=True)
         return torch.stack([zero if g is None else project(n, [g.to_dense()])[0] for n, g in enumerate(found)])
 
-    return torch.stack([sketch(task) for task in batch.losses.present])
+    return torch.stack([sketch(task) for task in batch.losses.here])
 
 
 def _tolerance(batch: Batch, operators: set[str]) -> float:

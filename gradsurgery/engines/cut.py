@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery import kernels
-from gradsurgery.engines.engine import Batch, accumulate, flat, spread, write_own
+from gradsurgery.engines.engine import Batch, flat, into_grad, spread, write_own
 from gradsurgery.graph import Edge, Graph, spread_bits, survey
 
 
@@ -25,6 +25,7 @@ class Cut:
     """A batch, its own parts differentiated. K of its T tasks are present.
 
     Attributes:
+        batch: that.
         T: tasks.
         present: positions of the K present ones.
         trunk: the shared part of the graph.
@@ -35,6 +36,7 @@ class Cut:
         foreign: parameters in the shared part that are not to be operated on.
     """
 
+    batch: Batch
     T: int
     present: list[int]
     trunk: Graph
@@ -52,10 +54,13 @@ class Cut:
             inputs: leaves; those that it does not reach are left alone.
             retain: whether the graph is wanted once more.
         """
-        if self.seeds and inputs:
-            seeds = [direct(seed) for seed in self.seeds]
-            torch.autograd.backward(self.edges, seeds, inputs=list(inputs), retain_graph=retain)
-        accumulate((p, direct(self.direct[p])) for p in inputs if p in self.direct)
+        seeds = [direct(seed) for seed in self.seeds]
+        besides = {p: direct(self.direct[p]) for p in inputs if p in self.direct}
+        into_grad(self.batch, self.edges, seeds, inputs, retain=retain, besides=besides)
+
+    def passed(self) -> set[Edge]:
+        """Of the edges where gradients enter, those that gradients from others of them flow into."""
+        return _tainted(self.trunk, [(edge.node, edge.output_nr) for edge in self.edges])
 
     def weighted(self, weights: Tensor) -> Callable[[Tensor], Tensor]:
         """Gradients (K, *shape) -> their weighted sum, for weights (T,)."""
@@ -68,7 +73,7 @@ class Cut:
 
     def write_heads(self, head_weights: Tensor | None) -> None:
         """The task-specific parameters' gradients into ``.grad``, weighted (T,) or raw; the graph outlives it."""
-        write_own(self.own, head_weights)
+        write_own(self.own, head_weights, self.batch.ranks, self.batch.task_specific)
         if self.foreign:
             ones = torch.ones(self.T, device=self.foreign[0].device)
             self.pull(self.weighted(ones if head_weights is None else head_weights), self.foreign, retain=True)
@@ -90,7 +95,7 @@ def cut(batch: Batch, graph: Graph | None = None, at: Sequence[Edge] | None = No
     own: list[dict[Tensor, Tensor]] = [{} for _ in losses.tasks]
     entering: dict[Edge, dict[int, Tensor]] = {}
     direct: dict[Tensor, dict[int, Tensor]] = {}
-    row = {t: k for k, t in enumerate(losses.present)}
+    row = {t: k for k, t in enumerate(losses.here)}
     for (t, edge), g in _Heads(batch, graph, trunk, wanted).gradients().items():
         p = graph.leaves.get(edge[0])
         if p is None:
@@ -101,8 +106,9 @@ def cut(batch: Batch, graph: Graph | None = None, at: Sequence[Edge] | None = No
             # What passes a node may be memory of the graph, or of another gradient.
             own[t][p] = g.clone()
     return Cut(
+        batch,
         len(losses.tasks),
-        losses.present,
+        losses.here,
         trunk,
         [GradientEdge(*edge) for edge in entering],
         [_stack(rows, len(row)) for rows in entering.values()],
@@ -162,7 +168,7 @@ class _Heads:
 
     def gradients(self) -> dict[tuple[int, Edge], Tensor]:
         """By task, at the edges where its gradient enters the shared part and at the leaves of its own part."""
-        present, found = self._batch.losses.present, dict[tuple[int, Edge], Tensor]()
+        present, found = self._batch.losses.here, dict[tuple[int, Edge], Tensor]()
         started = []
         for t in present:
             root = self._graph.roots[t]

@@ -1,7 +1,7 @@
 """The contract of an engine."""
 
 import abc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from gradsurgery.distributed import Ranks
 from gradsurgery.engines.layout import Layout, Piece
 from gradsurgery.losses import Output, TaskLosses
 from gradsurgery.stats import Needs
@@ -64,6 +65,8 @@ class Batch:
         task_specific: the other parameters that losses may reach.
         grad_scale: () factor on every gradient (an AMP scale), or None.
         hold: whether further micro-batches are to be added.
+        scatter: whether rows are to be divided among ranks as they come, since inner products and a weighted sum are
+            all that is wanted of them.
         retain: whether the graph is wanted once more; else it is freed, at the latest as the direction is written.
     """
 
@@ -72,13 +75,20 @@ class Batch:
     task_specific: Sequence[Tensor] = ()
     grad_scale: Tensor | None = None
     hold: bool = False
+    scatter: bool = False
     retain: bool = False
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """Those whose gradients are summed; no hook of a wrapper must then see a backward pass of ours."""
+        return self.layout.ranks
 
     def start(self, task: int) -> tuple[Output, Tensor]:
         """A task's loss, and the gradient that its backward starts from, in the loss's own shape and dtype."""
-        output, value = self.losses.outputs[task], self.losses.values[task]
+        output, share = self.losses.outputs[task], self.losses.share
         assert output is not None
-        return output, seed_like(torch.ones_like(value) if self.grad_scale is None else self.grad_scale, output)
+        seed = torch.ones_like(self.losses.values[task]) if share is None else share[task]
+        return output, seed_like(seed if self.grad_scale is None else seed * self.grad_scale, output)
 
     def gradients(
         self, task: int, inputs: Sequence[Tensor | GradientEdge], *, retain: bool
@@ -94,10 +104,12 @@ class Engine(abc.ABC):
     Attributes:
         name: what `MTLOptimizer` knows it by.
         holds: whether it keeps gradients as rows (`Rows`), which those of further micro-batches can be added to.
+        joins: whether it can average over ranks.
     """
 
     name: ClassVar[str]
     holds: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
 
     @abc.abstractmethod
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
@@ -139,12 +151,67 @@ def accumulate(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         p.grad = g if p.grad is None else add(p.grad, g)
 
 
-def write_own(own: Sequence[dict[Tensor, Tensor]], head_weights: Tensor | None) -> None:
-    """Adds each task's gradients of its own parameters to their ``.grad``, weighted (T,) in place, or raw."""
+def into_grad(
+    batch: Batch,
+    outputs: Sequence[Output],
+    seeds: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    retain: bool,
+    besides: Mapping[Tensor, Tensor] | None = None,
+) -> None:
+    """One backward into the ``.grad`` of some leaves alone, those that it does not reach left as they are.
+
+    Args:
+        batch: what the outputs belong to; its ranks' gradients are summed.
+        outputs: where it starts.
+        seeds: the gradients there.
+        inputs: leaves, the same on every rank.
+        retain: whether the graph is wanted once more.
+        besides: gradients of some of the leaves that come by other ways.
+    """
+    besides = besides or {}
+    if batch.ranks is None:
+        if outputs and inputs:
+            torch.autograd.backward(outputs, seeds, inputs=list(inputs), retain_graph=retain)  # pyright: ignore
+        accumulate(besides.items())
+        return
+    found: Sequence[Tensor | None] = [None] * len(inputs)
+    if outputs and inputs:
+        found = torch.autograd.grad(outputs, inputs, seeds, retain_graph=retain, allow_unused=True)  # pyright: ignore
+    pairs = zip(inputs, found, strict=True)
+    whole = [besides.get(p) if g is None else g + besides[p] if p in besides else g for p, g in pairs]
+    totals = batch.ranks.total(inputs, whole)
+    accumulate((p, g) for p, g in zip(inputs, totals, strict=True) if g is not None)
+
+
+def write_own(
+    own: Sequence[dict[Tensor, Tensor]],
+    head_weights: Tensor | None,
+    ranks: Ranks | None = None,
+    params: Sequence[Tensor] = (),
+) -> None:
+    """Adds each task's gradients of its own parameters to their ``.grad``, weighted (T,) in place, or raw.
+
+    Args:
+        own: those, by task.
+        head_weights: (T,), or None.
+        ranks: over which they are summed first.
+        params: the parameters that may have such gradients, the same on every rank.
+    """
     for task, gradients in enumerate(own):
         if gradients and head_weights is not None:
             torch._foreach_mul_(list(gradients.values()), head_weights[task])
-        accumulate(gradients.items())
+    if ranks is None:
+        for gradients in own:
+            accumulate(gradients.items())
+        return
+    sums: dict[Tensor, Tensor] = {}
+    for gradients in own:
+        for p, g in gradients.items():
+            sums[p] = add(sums[p], g) if p in sums else g
+    totals = ranks.total(params, [sums.get(p) for p in params])
+    accumulate((p, g) for p, g in zip(params, totals, strict=True) if g is not None)
 
 
 def flat(rows: Tensor) -> Tensor:

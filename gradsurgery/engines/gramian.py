@@ -48,6 +48,7 @@ class Gramian(Checked):
 
     name: ClassVar[str] = "gramian"
     holds: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
 
     def __init__(self, *, quiet: bool = False):
         super().__init__(Sequential(), quiet=quiet)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+
+from gradsurgery.distributed import Ranks
 
 # Elements. Every parameter starts on a boundary that vectorised kernels like; the gaps stay zero.
 ALIGNMENT = 32
@@ -37,12 +40,15 @@ class Layout:
         params: the P parameters, ordered by block.
         block_of: (P) the block of each.
         bounds: B + 1 ends of the blocks, in elements.
+        width: of a row, d or more: it falls into as many equal parts as there are ranks.
+        ranks: among which rows are to be divided; None in a single process.
         dtype: of a row: the widest among the parameters.
         device: of all of them.
         pieces: runs of parameters within a block, in which directions are made.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[Tensor]]):
+    def __init__(self, blocks: Sequence[Sequence[Tensor]], ranks: Ranks | None = None):
+        self.ranks = ranks
         self.params = [p for block in blocks for p in block]
         self.block_of = [b for b, block in enumerate(blocks) for _ in block]
         self.dtype = _common_dtype(self.params)
@@ -55,6 +61,8 @@ class Layout:
                 self._places.append((p.shape, _strides(p), offset))
                 offset += -(-p.numel() // ALIGNMENT) * ALIGNMENT
             self.bounds.append(offset)
+        unit = ALIGNMENT * (1 if ranks is None else ranks.size)
+        self.width = -(-offset // unit) * unit
         self.pieces = self._cut(blocks)
         self._rows: Tensor | None = None
         self._row_views: list[list[Tensor]] = []
@@ -84,15 +92,23 @@ class Layout:
         return self.bounds == other.bounds and list(map(id, self.params)) == list(map(id, other.params))
 
     def rows(self, T: int) -> Tensor:
-        """A (T, d) matrix kept from step to step; its gaps are zero and its rows hold what was last written."""
+        """A (T, width) matrix kept from step to step; its gaps are zero and its rows hold what was last written."""
         if self._rows is None or len(self._rows) != T:
-            self._rows = torch.zeros(T, self.bounds[-1], dtype=self.dtype, device=self.device)
+            self._rows = torch.zeros(T, self.width, dtype=self.dtype, device=self.device)
             self._row_views = [self.views(row) for row in self._rows]
             self._stacked = [
-                self._rows.as_strided((T, *shape), (self.bounds[-1], *stride), offset)
+                self._rows.as_strided((T, *shape), (self.width, *stride), offset)
                 for shape, stride, offset in self._places
             ]
         return self._rows
+
+    def owned(self) -> tuple[slice, list[int]]:
+        """The blocks that this rank's columns belong to, and their ends in these columns, the first of which is 0."""
+        assert self.ranks is not None
+        n = self.width // self.ranks.size
+        ends = [min(max(bound - self.ranks.rank * n, 0), n) for bound in self.bounds]
+        mine = [b for b, (start, stop) in enumerate(pairwise(ends)) if stop > start]
+        return (slice(mine[0], mine[-1] + 1), ends[mine[0] : mine[-1] + 2]) if mine else (slice(0, 0), [0])
 
     def row_views(self, T: int) -> list[list[Tensor]]:
         """The T x P pieces of `rows`, made once."""

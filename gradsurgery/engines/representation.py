@@ -6,6 +6,7 @@ the heads begin.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal, TypeAlias
 
@@ -16,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from gradsurgery import kernels
 from gradsurgery.engines.cut import Cut, cut
 from gradsurgery.engines.engine import Batch, Engine, Measurement, RowMap, flat, spread
+from gradsurgery.engines.scalar import replaced_backward
 from gradsurgery.graph import Edge, Graph, survey
 from gradsurgery.stats import Needs
 
@@ -80,7 +82,11 @@ class Representation(Engine):
         graph = survey(batch.losses.outputs)
         if self.at is not None:
             _check_reach(graph, self.at, batch)
-        return AtRepresentation(cut(batch, graph, self.at), batch.layout.params, self.reduce, retain=batch.retain)
+        if batch.ranks is None:
+            return AtRepresentation(cut(batch, graph, self.at), batch.layout.params, self.reduce, retain=batch.retain)
+        return OverRanks(
+            cut(dataclasses.replace(batch, task_specific=(), retain=True), graph, self.at), batch, self.reduce
+        )
 
 
 class AtRepresentation(Measurement):
@@ -89,15 +95,12 @@ class AtRepresentation(Measurement):
     engine = "representation"
 
     def __init__(self, parts: Cut, shared: Sequence[Tensor], reduce: Reduce, *, retain: bool):
-        self._cut, self._shared, self._reduce, self._retain = parts, shared, reduce, retain
+        self._cut, self._shared, self._retain = parts, shared, retain
+        self._reduce: Reduce = reduce
 
     def gramian(self, of: RowMap | None = None) -> Tensor:
         assert of is None
-        parts = self._cut
-        summed = self._reduce == "sum"
-        rows = [seed.sum(dim=1) if summed and seed.ndim > 1 else seed for seed in parts.seeds]
-        total = torch.stack([kernels.block_gramian(flat(row)) for row in (*rows, *parts.direct.values())]).sum(dim=0)
-        return spread(total[None], parts.present, parts.T, axes=(1, 2))
+        return _gramian(self._cut, [*_reduced(self._cut, self._reduce), *self._cut.direct.values()])
 
     def cross_gramian(self, other: Measurement) -> Tensor:
         raise NotImplementedError  # `Representation.refuse` keeps such methods away.
@@ -110,6 +113,79 @@ class AtRepresentation(Measurement):
     def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
         self._cut.write_heads(None)
         self._cut.pull(self._cut.by_columns(columns), self._shared, retain=self._retain)
+
+
+class OverRanks(Measurement):
+    """Gradients of every rank's samples at its part of the representation, side by side.
+
+    One ordinary backward follows, which the model's wrapper averages as ever: heads see the losses, and the trunk what
+    the gradients at the representation become.
+    """
+
+    engine = "representation"
+
+    def __init__(self, parts: Cut, batch: Batch, reduce: Reduce):
+        self._cut, self._batch = parts, batch
+        self._reduce: Reduce = reduce
+        assert batch.ranks is not None
+        self._ranks = batch.ranks
+        if parts.direct:
+            raise ValueError(
+                f"Tasks use {len(parts.direct)} shared parameters past the representation too (one of shape "
+                f"{tuple(next(iter(parts.direct)).shape)}), whose gradients are not whole on one rank. Use "
+                "engine='sequential'."
+            )
+        if reduce == "sum" and len(batch.losses.here) < len(batch.losses.present):
+            raise ValueError(
+                "reduce='sum' adds up gradients at the representation over all ranks, and a task is absent on one of "
+                "them. Use reduce='none'."
+            )
+
+    def gramian(self, of: RowMap | None = None) -> Tensor:
+        assert of is None
+        parts = self._cut
+        rows = _reduced(parts, self._reduce)
+        if self._reduce == "sum":
+            return _gramian(parts, [self._ranks.sum(row.contiguous()) for row in rows])
+        if not rows:
+            zeros = torch.zeros(1, parts.T, parts.T, dtype=torch.float64, device=self._batch.losses.values.device)
+            return self._ranks.sum(zeros)
+        return self._ranks.sum(_gramian(parts, rows))
+
+    def cross_gramian(self, other: Measurement) -> Tensor:
+        raise NotImplementedError  # `Representation.refuse` keeps such methods away.
+
+    def write(self, weights: Tensor, head_weights: Tensor | None, of: RowMap | None = None) -> None:
+        assert of is None
+        parts = self._cut
+        ones = torch.ones_like(weights[0])
+        wanted = [parts.weighted(weights[0])(seed) for seed in parts.seeds]
+        raw = [parts.weighted(ones if head_weights is None else head_weights)(seed) for seed in parts.seeds]
+        through = parts.passed()
+
+        def change(n: int, arriving: Tensor) -> Tensor:
+            edge = parts.edges[n]
+            flows = (edge.node, edge.output_nr) in through
+            # What arrives by way of other edges has been changed there.
+            return (arriving - raw[n] + wanted[n] if flows else wanted[n]).to(arriving.dtype)
+
+        replaced_backward(self._batch, head_weights, parts.edges, change)
+
+    def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
+        raise ValueError(
+            "A method that works column by column draws for every sample at the representation, which other ranks have "
+            "of their own. Use engine='sequential'."
+        )
+
+
+def _reduced(parts: Cut, reduce: Reduce) -> list[Tensor]:
+    """Rows (K, ...) at each edge."""
+    return [seed.sum(dim=1) if reduce == "sum" and seed.ndim > 1 else seed for seed in parts.seeds]
+
+
+def _gramian(parts: Cut, rows: Sequence[Tensor]) -> Tensor:
+    total = torch.stack([kernels.block_gramian(flat(row)) for row in rows]).sum(dim=0)
+    return spread(total[None], parts.present, parts.T, axes=(1, 2))
 
 
 def _tensors(nested: Nested) -> Iterator[Tensor]:

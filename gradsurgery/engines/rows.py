@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gradsurgery import kernels
 from gradsurgery.engines.check import project
-from gradsurgery.engines.engine import Measurement, RowMap, accumulate, add, write_own
-from gradsurgery.engines.layout import Layout, Piece
+from gradsurgery.engines.engine import Batch, Measurement, RowMap, accumulate, add, write_own
+from gradsurgery.engines.layout import Piece
 
 Gradients = Sequence[Tensor | None]
 
@@ -18,9 +18,10 @@ Gradients = Sequence[Tensor | None]
 class Rows(Measurement):
     """Per-task gradients: those of shared parameters as rows of one matrix, the others parameter by parameter."""
 
-    def __init__(self, T: int, layout: Layout, engine: str):
+    def __init__(self, batch: Batch, engine: str):
+        T, layout = len(batch.losses.tasks), batch.layout
         self.engine = engine
-        self._layout = layout
+        self._layout, self._others = layout, batch.task_specific
         self._rows = layout.rows(T)
         self._views = layout.row_views(T)
         self._stacked = layout.stacked_views(T)
@@ -71,11 +72,22 @@ class Rows(Measurement):
         columns = [project(n, [row[n] for row in views]) for n in range(len(self._layout.params))]
         return torch.stack(columns, dim=1)
 
+    def row(self, task: int) -> Tensor:
+        """(width,) of a task; zeros where nothing was put there."""
+        if not self._filled[task]:
+            self._rows[task].zero_()
+            self._filled[task] = True
+        return self._rows[task]
+
+    def total(self) -> None:
+        """Sums the rows over ranks."""
+        assert self._layout.ranks is not None
+        for row in self._complete():
+            self._layout.ranks.sum(row)
+
     def _complete(self) -> Tensor:
-        for task, filled in enumerate(self._filled):
-            if not filled:
-                self._rows[task].zero_()
-                self._filled[task] = True
+        for task in range(len(self._filled)):
+            self.row(task)
         return self._rows
 
     def gramian(self, of: RowMap | None = None) -> Tensor:
@@ -100,10 +112,13 @@ class Rows(Measurement):
 
         if of is None and self._rows.is_cuda:
             # All blocks in one launch.
-            direction = kernels.combine(weights, self._complete(), self._layout.bounds)
-            self._write(lambda piece, rows: direction[piece.start : piece.stop], head_weights)
+            self.write_direction(kernels.combine(weights, self._complete(), self._layout.bounds), head_weights)
         else:
             self._write(combine, head_weights)
+
+    def write_direction(self, direction: Tensor, head_weights: Tensor | None) -> None:
+        """As `write`, where the direction (d,) is known."""
+        self._write(lambda piece, rows: direction[piece.start : piece.stop], head_weights)
 
     def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
         self._write(lambda piece, rows: columns(rows), None)
@@ -124,14 +139,16 @@ class Rows(Measurement):
         return torch.stack([zero, *((v.reshape(-1) @ g.reshape(-1)).double() for v, g in pairs)]).sum()
 
     def _write(self, direct: Callable[[Piece, Tensor], Tensor], head_weights: Tensor | None) -> None:
-        rows = self._complete()
+        rows, ranks = self._complete(), self._layout.ranks
+        if ranks is not None:
+            self._reached = ranks.anywhere(self._reached)
         for piece in self._layout.pieces:
             direction = direct(piece, rows[:, piece.start : piece.stop])
             views = self._layout.views(direction, piece)
             span = slice(piece.first, piece.last)
             reached = zip(self._layout.params[span], views, self._reached[span], strict=True)
             accumulate([(p, view) for p, view, seen in reached if seen])
-        write_own(self._own, head_weights)
+        write_own(self._own, head_weights, ranks, self._others)
         # Given away, and not to be kept alive by these rows.
         self._own, self._spare = [{} for _ in self._own], [None] * len(self._layout.params)
 

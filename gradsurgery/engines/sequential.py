@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.engines.engine import Batch, Engine, Measurement
+from gradsurgery.engines.replicas import ReplicaRows
 from gradsurgery.engines.rows import Gradients, Rows
 
 
@@ -17,20 +18,28 @@ class Sequential(Engine):
 
     name: ClassVar[str] = "sequential"
 
-    def measure(self, batch: Batch, held: Measurement | None = None) -> Rows:
+    def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
         losses, layout = batch.losses, batch.layout
-        rows = held if isinstance(held, Rows) else Rows(len(losses.tasks), layout, self.name)
+        rows = held if isinstance(held, Rows) else Rows(batch, self.name)
+        replicas = ReplicaRows(rows, batch) if batch.scatter and not batch.hold else None
         inputs = [*layout.params, *batch.task_specific]
         split = len(layout.params)
-        present = losses.present
+        present = losses.here
         for task in present:
-            last = task == present[-1]
-            gradients = _ours(batch, task, inputs) if last else batch.gradients(task, inputs, retain=True)
+            # Hooks of a wrapper must see no pass but its own.
+            last = task == present[-1] and batch.ranks is None
+            gradients = (
+                _ours(batch, task, inputs)
+                if last
+                else batch.gradients(task, inputs, retain=batch.retain or task != present[-1])
+            )
             own = zip(batch.task_specific, gradients[split:], strict=True)
             rows.put(task, gradients[:split], own, ours=last)
             # Freed before the next pass, which then finds its memory: one set of gradients at a time, still in cache.
             del gradients, own
-        return rows
+            if replicas is not None:
+                replicas.send(task)
+        return rows if replicas is None else replicas
 
 
 def _ours(batch: Batch, task: int, inputs: Sequence[Tensor]) -> Gradients:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsurgery.engines.engine import Batch, Engine, Measurement, RowMap
 from gradsurgery.engines.layout import Layout, PerLayout
+from gradsurgery.engines.replicas import joined
 from gradsurgery.engines.scalar import split_backward
 from gradsurgery.stats import Needs
 
@@ -46,8 +47,8 @@ class Subset(Engine):
         layout = self._layouts.get(batch.layout)
         if layout is None:
             layout = self._layouts[batch.layout] = self._layout(batch.layout)
-        measured = self._engine.measure(dataclasses.replace(batch, layout=layout, task_specific=(), retain=True))
-        return OnSubset(measured, batch)
+        part = dataclasses.replace(batch, layout=layout, task_specific=(), retain=True)
+        return OnSubset(joined(self._engine.measure(part), part), batch)
 
     def _layout(self, whole: Layout) -> Layout:
         shared = {id(p) for p in whole.params}
@@ -55,7 +56,7 @@ class Subset(Engine):
         if not params or any(id(p) not in shared for p in params):
             what = "holds a parameter that the tasks do not share" if params else "is empty, or frozen"
             raise ValueError(f"measure_on {what}; pass some of the shared parameters, those of the last block, say.")
-        return Layout([params])
+        return Layout([params], whole.ranks)
 
 
 class OnSubset(Measurement):
