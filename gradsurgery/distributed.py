@@ -35,13 +35,20 @@ class Ranks:
         group: their process group.
         params: what they train: the same parameters, in the same order, on every rank.
         wrapper: the `DistributedDataParallel` that averages gradients of an ordinary backward, if there is one.
+        shards: how the parameters are divided among the ranks; None where each has all of them.
 
     Attributes:
         agreed: whether `agree` has compared them.
     """
 
-    def __init__(self, group: Group, params: Sequence[Tensor], wrapper: DistributedDataParallel | None):
-        self.group, self.wrapper = group, wrapper
+    def __init__(
+        self,
+        group: Group,
+        params: Sequence[Tensor],
+        wrapper: DistributedDataParallel | None = None,
+        shards: Shards | None = None,
+    ):
+        self.group, self.wrapper, self.shards = group, wrapper, shards
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._params = list(params)
         self.agreed = False
@@ -54,6 +61,11 @@ class Ranks:
         """Every parameter that they train."""
         return [p for p in self._params if p.requires_grad]
 
+    @property
+    def device(self) -> torch.device:
+        """Where they hold parameters."""
+        return self._params[0].device
+
     def agree(self, what: object) -> None:
         """Compares what the ranks were set up with, and their parameters.
 
@@ -63,13 +75,15 @@ class Ranks:
         shapes = [(*p.shape, str(p.dtype), p.requires_grad) for p in self._params]
         text = json.dumps([repr(what), shapes]).encode()
         digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
-        device = self._params[0].device
-        low, high = self._extremes(torch.tensor([digest], device=device))
+        low, high = self._extremes(torch.tensor([digest], device=self.device))
         if int(low) != int(high):
             raise RuntimeError(
                 "The ranks of one process group differ in their tasks, their method or the shapes of their parameters: "
                 f"every rank must build the same model and optimizer. This is rank {self.rank}: {what}."
             )
+        self.agreed = True
+        if self.shards is not None:
+            return
         with torch.no_grad():
             sums = [[p.detach().double().sum(), p.detach().double().square().sum()] for p in self._params]
         low, high = self._extremes(torch.stack([entry for pair in sums for entry in pair]))
@@ -79,7 +93,6 @@ class Ranks:
                 "The ranks hold parameters of different values, and surgery on averaged gradients would not bring them "
                 "together. Wrap the model in DistributedDataParallel, which starts from rank 0's, or broadcast them."
             )
-        self.agreed = True
 
     def _extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         low, high = values.clone(), values.clone()
@@ -90,7 +103,7 @@ class Ranks:
     def first(self, number: int) -> int:
         """Rank 0's number, on every rank."""
         # In two halves: a seed may have all of 64 bits, without a sign.
-        halves = torch.tensor([number >> 32, number & 0xFFFFFFFF], device=self._params[0].device)
+        halves = torch.tensor([number >> 32, number & 0xFFFFFFFF], device=self.device)
         dist.broadcast(halves, group=self.group, group_src=0)
         high, low = halves.tolist()
         return (high << 32) + low
@@ -106,6 +119,12 @@ class Ranks:
         total, counts = both.split(T)
         # A rank that has every task knows that none is absent, and need not wait for the answer.
         elsewhere = [] if len(here) == T else [t for t, n in enumerate(counts.tolist()) if n and t not in here]
+        if elsewhere and self.shards is not None:
+            raise ValueError(
+                f"Task {losses.tasks[elsewhere[0]]!r} is absent on rank {self.rank} and present on another, and "
+                "fully_shard wants every backward pass on every rank. Pass a loss of 0 that reaches the same modules, "
+                "(output * 0).sum() say."
+            )
         share = torch.where(counts > 0, 1 / counts, 0.0)
         return TaskLosses(losses.tasks, losses.outputs, total / counts, share, frozenset(elsewhere))
 
@@ -126,7 +145,9 @@ class Ranks:
 
     def anywhere(self, flags: Sequence[bool]) -> list[bool]:
         """Of each flag, whether any rank has it."""
-        raised = torch.ones(len(flags), dtype=torch.uint8, device=self._params[0].device)
+        if self.shards is not None:
+            return list(flags)
+        raised = torch.ones(len(flags), dtype=torch.uint8, device=self.device)
         if not all(flags):
             raised = torch.tensor(flags, dtype=torch.uint8, device=raised.device)
         dist.all_reduce(raised, dist.ReduceOp.MAX, self.group)
@@ -134,14 +155,14 @@ class Ranks:
         return list(flags) if all(flags) else [bool(flag) for flag in raised.tolist()]
 
     def total(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients summed over ranks; None where no rank has one.
+        """Gradients summed over ranks; None where no rank has one. Shards are summed as they come.
 
         Args:
             params: the same on every rank.
             gradients: of each, or None.
         """
-        if not params:
-            return []
+        if not params or self.shards is not None:
+            return list(gradients)
         seen = self.anywhere([g is not None for g in gradients])
         wanted = [n for n, found in enumerate(seen) if found]
         totals: list[Tensor | None] = [None] * len(params)
@@ -164,11 +185,102 @@ class Ranks:
         One that looks for unused parameters knows those of the forward pass, and would wait for a loss that is absent;
         and after a forward under ``no_sync``, or past the wrapper, it leaves gradients local.
         """
+        if self.shards is not None:
+            return True
         wrapper, ready = self.wrapper, self._forwards.taken()
         if wrapper is None or wrapper.find_unused_parameters or not ready:
             return False
         inside = {id(p) for p in wrapper.parameters()}
         return all(id(p) in inside for p in self.params) and not wrapper.parameters_to_ignore
+
+
+class Shards:
+    """How `torch.distributed.fsdp.fully_shard` divides parameters: each rank has a part of every one.
+
+    A parameter that the model computes with is not the one of the optimizer, and a backward pass must run to its end
+    for the latter to get a gradient, averaged over ranks.
+
+    Args:
+        params: all of the optimizer's.
+
+    Raises:
+        RuntimeError: some are not sharded, or in another way than the rest.
+    """
+
+    def __init__(self, params: Sequence[Any]):
+        plain = [p for p in params if not is_sharded(p)]
+        if plain:
+            raise RuntimeError(
+                f"{len(plain)} of {len(params)} parameters (one of shape {tuple(plain[0].shape)}) are outside of "
+                "fully_shard, and their gradients would differ from rank to rank. Call fully_shard on the whole model."
+            )
+        kinds = {(p.device_mesh, tuple(placement.is_shard() for placement in p.placements)) for p in params}
+        self.mesh, kind = next(iter(kinds))
+        if len(kinds) > 1 or kind not in ((True,), (False,), (False, True)):
+            raise RuntimeError(
+                "Parameters are divided in ways that surgery has no sum for (tensor parallelism, or several meshes). "
+                "It takes fully_shard over a mesh of one dimension, or of two to replicate and shard."
+            )
+        self._groups = [self.mesh.get_group(dim) for dim, sharded in enumerate(kind) if sharded]
+        self._params = list(params)
+
+    def group(self) -> Group:
+        """Of all ranks that have a part of the batch."""
+        if self.mesh.size() == dist.get_world_size():
+            return dist.group.WORLD
+        return self.mesh.get_group() if self.mesh.ndim == 1 else self.mesh._flatten().get_group()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over the ranks whose parts make up the whole, in place."""
+        for group in self._groups:
+            dist.all_reduce(values, group=group)
+        return values
+
+    def part(self, p: Any, whole: Tensor, *, axes: int = 0) -> Tensor:
+        """This rank's part of a whole tensor that goes with a parameter, with further axes before the parameter's."""
+        for dim, placement in enumerate(p.placements):
+            if placement.is_shard():
+                parts = whole.chunk(self.mesh.size(dim), placement.dim + axes)
+                r = self.mesh.get_local_rank(dim)
+                whole = parts[r] if r < len(parts) else whole.narrow(placement.dim + axes, 0, 0)
+        return whole
+
+    def gradients(
+        self, outputs: Sequence[Any], seeds: Sequence[Tensor], inputs: Sequence[Tensor], *, retain: bool
+    ) -> list[Tensor | None]:
+        """This rank's parts of the averaged gradients, by a whole backward pass that leaves ``.grad`` as it was."""
+        before = [p.grad for p in self._params]
+        try:
+            # Of the optimizer's own parameters: the model may show others at this time.
+            for p in self._params:
+                p.grad = None
+            torch.autograd.backward(outputs, seeds, retain_graph=retain)
+            return [None if p.grad is None else local(p.grad) for p in inputs]
+        finally:
+            for p, g in zip(self._params, before, strict=True):
+                p.grad = g
+
+
+def is_sharded(p: Any) -> bool:
+    """Whether it is a `DTensor`, whose module takes long to import and may never be needed."""
+    return hasattr(p, "device_mesh") and hasattr(p, "placements")
+
+
+def local(p: Any) -> Tensor:
+    """What this rank has of a tensor."""
+    return p.to_local() if is_sharded(p) else p
+
+
+def placed(like: Any, part: Tensor, *, axes: int = 0) -> Tensor:
+    """This rank's part of something that is divided as ``like`` is, with further axes before its own."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    places = [Shard(place.dim + axes) if place.is_shard() else Replicate() for place in like.placements]
+    shape = torch.Size([*part.shape[:axes], *like.shape])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, like.device_mesh, places, run_check=False, shape=shape, stride=stride)
 
 
 class _Forwards:
@@ -208,6 +320,10 @@ def find_ranks(params: Sequence[Tensor], group: Group | None) -> Ranks | None:
         return None
     if dist.get_world_size() == 1 or (group is not None and dist.get_world_size(group) == 1):
         return None
+    if any(is_sharded(p) for p in params):
+        shards = Shards(params)
+        _check_groups(shards.group(), [] if group is None else [group])
+        return Ranks(shards.group(), params, shards=shards)
     wrappers = _wrappers(params)
     for wrapper in wrappers:
         _check_wrapper(wrapper)
@@ -221,16 +337,20 @@ def find_ranks(params: Sequence[Tensor], group: Group | None) -> Ranks | None:
             "use_local_synchronization=True) for a model that this process trains alone."
         )
     chosen = group if group is not None else groups[0]
-    members = dist.get_process_group_ranks(chosen)
-    if any(dist.get_process_group_ranks(other) != members for other in groups):
-        raise ValueError(
-            "Two process groups claim this model: that of DistributedDataParallel, and another of it or of "
-            "process_group. Surgery averages over one; leave process_group out, or wrap the model for that group."
-        )
+    _check_groups(chosen, groups)
     known = {id(p): p for p in params}
     for wrapper in wrappers:
         known.update((id(p), p) for p in wrapper.parameters())
     return Ranks(chosen, list(known.values()), wrappers[0] if len(wrappers) == 1 else None)
+
+
+def _check_groups(chosen: Group, others: Sequence[Group]) -> None:
+    members = dist.get_process_group_ranks(chosen)
+    if any(dist.get_process_group_ranks(other) != members for other in others):
+        raise ValueError(
+            "Two process groups claim this model: that of its wrapper, and another wrapper's or that of process_group. "
+            "Surgery averages over one; leave process_group out, or wrap the model for that group."
+        )
 
 
 def _wrappers(params: Sequence[Tensor]) -> list[Any]:

@@ -58,3 +58,34 @@ class Replayed(TorchFunctionMode):
         if func in _FACTORIES:
             return self._left.pop(0)
         return func(*args, **(kwargs or {}))
+
+
+class Chosen(TorchFunctionMode):
+    """Draws numbers for a whole of which some columns are at hand, as every holder of others does.
+
+    Args:
+        whole: columns of it.
+        shape: of the draws at hand, (n,).
+        index: what gives the places (n,) of these columns in the whole.
+
+    Raises:
+        ValueError: a draw of another shape.
+    """
+
+    def __init__(self, whole: int, shape: torch.Size, index: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self._whole, self._shape, self._index = whole, shape, index
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _FACTORIES or kwargs.get("generator") is None:
+            return func(*args, **kwargs)
+        if func not in (torch.rand, torch.randn) or torch.Size(args[0]) != self._shape:
+            raise ValueError(
+                f"The method draws random numbers with {getattr(func, '__name__', func)}{args}, which cannot be told "
+                "apart by columns, of which this rank has a part. Draw one number a column with torch.rand or "
+                "torch.randn, or train without fully_shard."
+            )
+        return func((self._whole,), **kwargs)[self._index()]

@@ -94,6 +94,14 @@ class Parameters:
         """Those of the base optimizer."""
         return base_parameters(self._base)
 
+    def refuse_search(self) -> None:
+        """Raises ValueError where shared parameters are to be found in a graph that has others in their place."""
+        if self._named is None:
+            raise ValueError(
+                "Shared parameters are not found by themselves in a model under fully_shard, which computes with "
+                "others than the optimizer has. Pass shared_params, model.encoder.parameters() say."
+            )
+
     def trace(self, losses: TaskLosses) -> None:
         """Learns from their graphs what the losses reach: once a task, and again when the base optimizer's parameters
         or their ``requires_grad`` change. Where parameters outside it were found, every batch is looked at, since only

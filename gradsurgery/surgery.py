@@ -175,12 +175,20 @@ class Surgery:
         known = [id(p) for p in params]
         if known != self._team[0] or (self._team[1] is None and several()):
             self._team = known, find_ranks(params, self._process_group)
-        if self._team[1] is not None and not self.engine.joins:
-            raise ValueError(
-                f"engine={self.engine.name!r} never holds the task gradients that ranks must average. Use "
-                "engine='sequential', 'batched', 'representation' or 'auto'."
-            )
+            if self._team[1] is not None:
+                self._check_ranks(self._team[1])
         return self._team[1]
+
+    def _check_ranks(self, ranks: Ranks) -> None:
+        self.engine.refuse_ranks(ranks)
+        if ranks.shards is None:
+            return
+        if self.resolve_on_conflict:
+            raise ValueError(
+                "resolve_on_conflict compares whole gradients, of which fully_shard gives each rank a part. Leave it "
+                "out."
+            )
+        self.parameters.refuse_search()
 
     def _read(self, losses: Losses, *, graph: bool = True) -> TaskLosses:
         """The losses, of all ranks where there are several."""
@@ -309,7 +317,9 @@ class Surgery:
 
     def prepare(self, losses: TaskLosses) -> None:
         """Finds the shared parameters, and lays them out anew where they have changed."""
-        self.parameters.trace(losses)
+        if self._team[1] is None or self._team[1].shards is None:
+            # Where parameters are divided, the graph has others in their place.
+            self.parameters.trace(losses)
         signature = tuple((id(p), p.dtype, p.device, p.shape, p.stride()) for p in self.parameters.shared)
         if not self._layouts or signature != self._signature:
             blocks = self.parameters.blocks()
@@ -361,7 +371,7 @@ class Surgery:
         self, losses: TaskLosses, layout: Layout, own: Sequence[Tensor] = (), grad_scale: Tensor | None = None
     ) -> Batch:
         whole = bool(self.rule.method.needs & (Needs.COLUMNS | Needs.TRACKED)) or self.resolve_on_conflict
-        scatter = layout.ranks is not None and not whole
+        scatter = layout.ranks is not None and layout.ranks.shards is None and not whole
         return Batch(losses, layout, own, grad_scale, hold=self.holding, scatter=scatter)
 
     def _hold(self, batches: Sequence[TaskLosses], grad_scale: Tensor | None, *, due: bool) -> StepInfo:

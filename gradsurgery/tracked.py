@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from gradsurgery.distributed import is_sharded, local, placed
 from gradsurgery.engines import RowMap
 from gradsurgery.engines.layout import Layout, Piece
 
@@ -29,14 +30,17 @@ class Tracked:
         self._rows = torch.zeros(T, layout.bounds[-1], dtype=self.dtype, device=layout.device)
         self._views = [layout.views(row) for row in self._rows]
         places = {p: n for n, p in enumerate(layout.params)}
+        shards = None if layout.ranks is None else layout.ranks.shards
         for p, rows in known:
             if p in places:
-                for views, row in zip(self._views, rows, strict=True):
+                mine = local(rows) if is_sharded(rows) or shards is None else shards.part(p, rows, axes=1)
+                for views, row in zip(self._views, mine, strict=True):
                     views[places[p]].copy_(row)
 
     def by_parameter(self) -> list[tuple[Tensor, Tensor]]:
-        """Parameters, each with a copy (T, *shape) of what is remembered of it."""
-        return [(p, torch.stack([views[n] for views in self._views])) for n, p in enumerate(self.layout.params)]
+        """Parameters, each with a copy (T, *shape) of what is remembered of it, divided as the parameter is."""
+        stacks = [torch.stack([views[n] for views in self._views]) for n in range(len(self.layout.params))]
+        return [(p, placed(p, rows, axes=1)) for p, rows in zip(self.layout.params, stacks, strict=True)]
 
     def measured(self, track: Track, grad_scale: Tensor | None) -> RowMap:
         """The rows that the method measures; nothing is remembered yet."""

@@ -253,13 +253,13 @@ def main() -> None:
     args = tyro.cli(Args, prog="python -m gradsurgery.recipes.nyuv2", description=__doc__)
     console = open_console()
 
-    def run() -> None:
+    def make() -> Benchmark:
         rooms = args.protocol is None and args.data is None
         preset = "Preset for rendered rooms" if rooms else f"Protocol {args.protocol or 'mtan'}"
         console.print(preset + ("" if args.data else " (no --data)"), style="bold")
-        compare(make_benchmark(args), args.options, console)
+        return make_benchmark(args)
 
-    command(run)
+    command(lambda: compare(make, args.options, console))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from gradsurgery import MTLOptimizer, compile_backward
+from gradsurgery.distributed import is_sharded
 from gradsurgery.engines import Representation
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -160,6 +161,10 @@ def train(name: str, model: nn.Module, net: Net, opt: MTLOptimizer, world: int, 
             opt.backward(forward(parts, step))
         elif "combine" in (kind, CASES[name].get("call")):
             opt.combine(forward(parts, step)).backward()
+        elif kind == "cleared":
+            losses = forward(parts, step)
+            opt.zero_grad()
+            opt.backward(losses)
         else:
             opt.backward(forward(parts, step), scaler=scaler, **more)
         if kind == "clip":
@@ -169,7 +174,7 @@ def train(name: str, model: nn.Module, net: Net, opt: MTLOptimizer, world: int, 
         else:
             scaler.step(opt)
             scaler.update()
-    return flat([p.detach() for p in net.parameters()])
+    return flat([p.full_tensor() if is_sharded(p) else p.detach() for p in net.parameters()])  # pyright: ignore
 
 
 def wrap(net: Net, kind: str) -> tuple[nn.Module, dict[str, Any]]:

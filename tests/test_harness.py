@@ -28,6 +28,7 @@ from gradsurgery.recipes.harness import (
     train,
 )
 from gradsurgery.recipes.harness.evaluate import reported
+from gradsurgery.recipes.harness.processes import Part
 
 PUBLISHED = """
 STL      38.30 63.76 .6754 .2780 25.01 19.21 30.14 57.20 69.15  0.00
@@ -134,11 +135,30 @@ def test_a_smaller_last_batch_may_be_dropped() -> None:
     assert rest
     for dropped in (False, True):
         some = replace(benchmark, drop_last=dropped)
-        sizes = [
-            len(x) for x, _ in data.train_batches(some, seed=0, epoch=0, start=1, device=torch.device("cpu"), workers=0)
-        ]
+        found = data.train_batches(some, seed=0, epoch=0, start=1, device=torch.device("cpu"), workers=0)
+        sizes = [len(x) for (x, _), _ in found]
         assert sizes == [7] * (full - 1) + ([] if dropped else [rest])
         assert data.steps_per_epoch(some) == len(sizes) + 1
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_parts_of_a_batch_make_it_up(size: int) -> None:
+    benchmark = replace(waves(), batch_size=7, augment=None)
+    options = {"seed": 0, "epoch": 0, "start": 0, "device": torch.device("cpu"), "workers": 0}
+    whole = list(data.train_batches(benchmark, **options))  # pyright: ignore[reportArgumentType]
+    parts = [list(data.train_batches(benchmark, **options, part=Part(r, size))) for r in range(size)]  # pyright: ignore
+    for ((x, _), one), *shares in zip(whole, *parts, strict=True):
+        assert one == 1
+        assert sorted(torch.cat([y for (y, _), _ in shares]).flatten().tolist()) == sorted(x.flatten().tolist())
+        # Means of the parts, times their factors, have the mean of the whole for theirs.
+        mean = torch.stack([factor * y.mean() for (y, _), factor in shares]).mean()
+        torch.testing.assert_close(mean, x.mean())
+
+
+def test_a_batch_too_small_for_its_parts_is_refused() -> None:
+    data.check_parts(waves(), Part(0, 4))
+    with pytest.raises(RecipeError, match="8 processes share each batch, and there is one of 4 samples"):
+        data.check_parts(waves(), Part(0, 8))
 
 
 def test_schedules_inside_a_model_hear_of_every_epoch(tmp_path: Path) -> None:

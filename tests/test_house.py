@@ -31,11 +31,11 @@ ARROWS: dict[str, set[str]] = {
     "solvers": set(),
     "kernels": set(),
     "methods": {"kernels", "registry", "solvers", "stats"},
-    "engines": {"distributed", "graph", "kernels", "losses", "registry", "stats"},
+    "engines": {"distributed", "draws", "graph", "kernels", "losses", "registry", "stats"},
     "functional": {"kernels", "methods", "registry", "stats"},
     "parameters": {"graph", "losses"},
     "rule": {"losses", "registry", "stats"},
-    "tracked": {"engines"},
+    "tracked": {"distributed", "engines"},
     "surgery": {"distributed", "engines", "losses", "parameters", "registry", "rule", "stats", "tracked"},
     "optimizer": {"engines", "losses", "parameters", "registry", "rule", "stats", "surgery"},
     "compiled": {
@@ -50,9 +50,10 @@ ARROWS: dict[str, set[str]] = {
         "stats",
         "surgery",
     },
+    "integrations": {"losses", "optimizer"},
     "__init__": {"compiled", "functional", "optimizer", "registry", "stats"},
     "architectures": set(),
-    "recipes": {"", "architectures", "registry", "stats"},
+    "recipes": {"", "architectures", "integrations", "registry", "stats"},
 }
 
 
@@ -120,6 +121,7 @@ def test_every_package_is_listed_in_pyproject() -> None:
 
 def test_the_core_imports_without_any_extra() -> None:
     extras = ["torchvision", "torchmetrics", "tyro", "rich", "matplotlib", "tensorboard", "sklearn", "cvxpy", "triton"]
+    extras += ["lightning", "transformers", "accelerate"]
     code = (
         f"import sys\nfor name in {extras}: sys.modules[name] = None\n"
         "import gradsurgery; gradsurgery.MTLOptimizer\nimport gradsurgery.architectures"

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from gradsurgery.distributed import Ranks
 from gradsurgery.engines.batched import Batched
 from gradsurgery.engines.cut import common_part
 from gradsurgery.engines.engine import Batch, Engine, Measurement
@@ -51,6 +52,9 @@ class Auto(Engine):
         self._batched, self._gramian = Batched(quiet=True), Gramian(quiet=True)
         self._chosen: PerLayout[Engine] = PerLayout()
 
+    def refuse_ranks(self, ranks: Ranks) -> None:
+        return
+
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
         if batch.layout not in self._chosen and len(batch.losses.here) > 1:
             self._chosen[batch.layout] = self._choose(batch)
@@ -58,6 +62,8 @@ class Auto(Engine):
         return (chosen if chosen.holds or not batch.hold else self._sequential).measure(batch, held)
 
     def _choose(self, batch: Batch) -> Engine:
+        if batch.ranks is not None and batch.ranks.shards is not None:
+            return self._sequential
         K = len(batch.losses.here)
         by_rows, by_layer, layers, flops = 0.0, 0.0, 0, 0.0
         for node in common_part(survey(batch.losses.outputs)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradsurgery.distributed import Ranks
+from gradsurgery.distributed import Ranks, placed
 from gradsurgery.engines.layout import Layout, Piece
 from gradsurgery.losses import Output, TaskLosses
 from gradsurgery.stats import Needs
@@ -95,7 +95,24 @@ class Batch:
     ) -> tuple[Tensor | None, ...]:
         """Of a task's loss with respect to each input, None where it does not reach it; the graph may outlive it."""
         output, seed = self.start(task)
-        return torch.autograd.grad(output, inputs, seed, retain_graph=retain, allow_unused=True)  # pyright: ignore
+        return self.differentiate([output], [seed], inputs, retain=retain)
+
+    def differentiate(
+        self,
+        outputs: Sequence[Output],
+        seeds: Sequence[Tensor],
+        inputs: Sequence[Tensor | GradientEdge],
+        *,
+        retain: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """As `torch.autograd.grad`, of parameters that are divided among ranks too: this rank's part, averaged."""
+        if not outputs or not inputs:
+            return (None,) * len(inputs)
+        if self.ranks is not None and self.ranks.shards is not None:
+            # Gradients are divided by the number of ranks as they are summed.
+            seeds = [seed * self.ranks.size for seed in seeds]
+            return tuple(self.ranks.shards.gradients(outputs, seeds, inputs, retain=retain))  # pyright: ignore
+        return torch.autograd.grad(outputs, inputs, seeds, retain_graph=retain, allow_unused=True)  # pyright: ignore
 
 
 class Engine(abc.ABC):
@@ -104,12 +121,10 @@ class Engine(abc.ABC):
     Attributes:
         name: what `MTLOptimizer` knows it by.
         holds: whether it keeps gradients as rows (`Rows`), which those of further micro-batches can be added to.
-        joins: whether it can average over ranks.
     """
 
     name: ClassVar[str]
     holds: ClassVar[bool] = True
-    joins: ClassVar[bool] = True
 
     @abc.abstractmethod
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
@@ -130,6 +145,15 @@ class Engine(abc.ABC):
         """
         return
 
+    def refuse_ranks(self, ranks: Ranks) -> None:
+        """Raises ValueError where it cannot average over these ranks."""
+        if ranks.shards is not None:
+            raise ValueError(
+                f"engine={self.name!r} asks for gradients of the parameters that the model computes with, and "
+                "fully_shard gives those of the optimizer's, by whole backward passes. Use engine='sequential', "
+                "'representation' or 'auto'."
+            )
+
 
 def seed_like(value: Tensor, output: Output) -> Tensor:
     """A gradient of a scalar loss, in the loss's own shape and dtype."""
@@ -144,9 +168,11 @@ def add(first: Tensor, second: Tensor) -> Tensor:
     return second + first if first.is_sparse and not second.is_sparse else first.add_(second)
 
 
-def accumulate(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Adds gradients to the ``.grad`` of their leaves, whose own they become."""
+def accumulate(pairs: Iterable[tuple[Tensor, Tensor]], ranks: Ranks | None = None) -> None:
+    """Adds gradients to the ``.grad`` of their leaves, whose own they become; of the ranks' shards, to theirs."""
     for p, g in pairs:
+        if ranks is not None and ranks.shards is not None:
+            g = placed(p, g)
         g = g if g.dtype == p.dtype else g.to(p.dtype)
         p.grad = g if p.grad is None else add(p.grad, g)
 
@@ -176,13 +202,11 @@ def into_grad(
             torch.autograd.backward(outputs, seeds, inputs=list(inputs), retain_graph=retain)  # pyright: ignore
         accumulate(besides.items())
         return
-    found: Sequence[Tensor | None] = [None] * len(inputs)
-    if outputs and inputs:
-        found = torch.autograd.grad(outputs, inputs, seeds, retain_graph=retain, allow_unused=True)  # pyright: ignore
+    found = batch.differentiate(outputs, seeds, inputs, retain=retain)
     pairs = zip(inputs, found, strict=True)
     whole = [besides.get(p) if g is None else g + besides[p] if p in besides else g for p, g in pairs]
     totals = batch.ranks.total(inputs, whole)
-    accumulate((p, g) for p, g in zip(inputs, totals, strict=True) if g is not None)
+    accumulate(((p, g) for p, g in zip(inputs, totals, strict=True) if g is not None), batch.ranks)
 
 
 def write_own(
@@ -211,7 +235,7 @@ def write_own(
         for p, g in gradients.items():
             sums[p] = add(sums[p], g) if p in sums else g
     totals = ranks.total(params, [sums.get(p) for p in params])
-    accumulate((p, g) for p, g in zip(params, totals, strict=True) if g is not None)
+    accumulate(((p, g) for p, g in zip(params, totals, strict=True) if g is not None), ranks)
 
 
 def flat(rows: Tensor) -> Tensor:

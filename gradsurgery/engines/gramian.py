@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from gradsurgery import kernels
+from gradsurgery.distributed import Ranks
 from gradsurgery.engines.check import Checked, project
 from gradsurgery.engines.cut import Cut, cut
 from gradsurgery.engines.engine import Batch, Measurement, RowMap, accumulate, flat, spread
@@ -48,7 +49,6 @@ class Gramian(Checked):
 
     name: ClassVar[str] = "gramian"
     holds: ClassVar[bool] = False
-    joins: ClassVar[bool] = False
 
     def __init__(self, *, quiet: bool = False):
         super().__init__(Sequential(), quiet=quiet)
@@ -60,6 +60,12 @@ class Gramian(Checked):
                 f"{name} {what}, and engine='gramian' never holds a batch's gradients. Use engine='sequential' or "
                 "'batched'."
             )
+
+    def refuse_ranks(self, ranks: Ranks) -> None:
+        raise ValueError(
+            "engine='gramian' never holds the task gradients that ranks must average. Use engine='sequential', "
+            "'batched', 'representation' or 'auto'."
+        )
 
     def _measure(self, batch: Batch, held: Measurement | None, graph: Graph) -> Streamed:
         return Streamed(cut(batch, graph), batch.layout, retain=batch.retain, fallback=not self._quiet)

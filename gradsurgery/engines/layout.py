@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gradsurgery.distributed import Ranks
+from gradsurgery.distributed import Ranks, local
 
 # Elements. Every parameter starts on a boundary that vectorised kernels like; the gaps stay zero.
 ALIGNMENT = 32
@@ -34,14 +34,16 @@ class Piece:
 
 
 class Layout:
-    """Shared parameters side by side, block after block, in a row of d elements.
+    """Shared parameters side by side, block after block, in a row of d elements: of those that are divided among ranks,
+    this rank's parts.
 
     Attributes:
         params: the P parameters, ordered by block.
         block_of: (P) the block of each.
         bounds: B + 1 ends of the blocks, in elements.
+        origins: P + 1, where each parameter starts in a row of whole ones, and its end.
         width: of a row, d or more: it falls into as many equal parts as there are ranks.
-        ranks: among which rows are to be divided; None in a single process.
+        ranks: that average gradients; None in a single process.
         dtype: of a row: the widest among the parameters.
         device: of all of them.
         pieces: runs of parameters within a block, in which directions are made.
@@ -55,13 +57,18 @@ class Layout:
         self.device = _common_device(self.params)
         self.bounds = [0]
         self._places: list[tuple[torch.Size, tuple[int, ...], int]] = []
-        offset = 0
+        self.origins: list[int] = []
+        offset = whole = 0
         for block in blocks:
             for p in block:
-                self._places.append((p.shape, _strides(p), offset))
-                offset += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+                here = local(p)
+                self._places.append((here.shape, _strides(here), offset))
+                self.origins.append(whole)
+                offset += _aligned(here.numel())
+                whole += _aligned(p.numel())
             self.bounds.append(offset)
-        unit = ALIGNMENT * (1 if ranks is None else ranks.size)
+        self.origins.append(whole)
+        unit = ALIGNMENT * (1 if ranks is None or ranks.shards is not None else ranks.size)
         self.width = -(-offset // unit) * unit
         self.pieces = self._cut(blocks)
         self._rows: Tensor | None = None
@@ -69,14 +76,14 @@ class Layout:
         self._stacked: list[Tensor] = []
 
     def _cut(self, blocks: Sequence[Sequence[Tensor]]) -> list[Piece]:
-        limit = PIECE if self.device.type == "cpu" else self.bounds[-1]
-        ends = [*(offset for _, _, offset in self._places), self.bounds[-1]]
+        limit = PIECE if self.device.type == "cpu" else self.origins[-1]
+        ends, origins = [*(offset for _, _, offset in self._places), self.bounds[-1]], self.origins
         pieces, first = [], 0
         for b, block in enumerate(blocks):
             stop_block = first + len(block)
             while first < stop_block:
                 last = first + 1
-                while last < stop_block and ends[last + 1] - ends[first] <= limit:
+                while last < stop_block and origins[last + 1] - origins[first] <= limit:
                     last += 1
                 pieces.append(Piece(b, ends[first], ends[last], first, last))
                 first = last
@@ -134,11 +141,26 @@ class Layout:
             return None
         return g.as_strided((n,), (1,)) if g.stride() == stride and shape.numel() == n else None
 
+    def chosen(self, piece: Piece) -> Tensor:
+        """(n,) of a piece's columns, their places in the piece as it is where parameters are whole; 0 in the gaps."""
+        assert self.ranks is not None and self.ranks.shards is not None
+        index = torch.zeros(piece.stop - piece.start, dtype=torch.int64, device=self.device)
+        for n in range(piece.first, piece.last):
+            p, (shape, stride, offset) = self.params[n], self._places[n]
+            memory = torch.arange(p.numel(), device=self.device).as_strided(p.shape, _strides(p))
+            mine = self.ranks.shards.part(p, memory) + (self.origins[n] - self.origins[piece.first])
+            index.as_strided(shape, stride, offset - piece.start).copy_(mine)
+        return index
+
     def views(self, row: Tensor, piece: Piece | None = None) -> list[Tensor]:
         """What a row (d,), or that piece of one, holds of each parameter, in its shape and memory order."""
         places = self._places if piece is None else self._places[piece.first : piece.last]
         start = row.storage_offset() - (0 if piece is None else piece.start)
         return [row.as_strided(shape, stride, start + offset) for shape, stride, offset in places]
+
+
+def _aligned(n: int) -> int:
+    return -(-n // ALIGNMENT) * ALIGNMENT
 
 
 def _strides(p: Tensor) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from gradsurgery import kernels
 from gradsurgery.engines.engine import Batch, Measurement, RowMap
 from gradsurgery.engines.rows import Rows
+from gradsurgery.engines.shards import ShardedRows
 
 
 class ReplicaRows(Measurement):
@@ -81,6 +82,8 @@ def joined(measured: Measurement, batch: Batch) -> Measurement:
     """What the ranks measured together, given what each measured of its own losses."""
     if batch.ranks is None or not isinstance(measured, Rows):
         return measured
+    if batch.ranks.shards is not None:
+        return ShardedRows(measured, batch, batch.ranks.shards)
     if batch.scatter:
         return ReplicaRows(measured, batch)
     measured.total()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from gradsurgery import kernels
+from gradsurgery.distributed import Ranks
 from gradsurgery.engines.cut import Cut, cut
 from gradsurgery.engines.engine import Batch, Engine, Measurement, RowMap, flat, spread
 from gradsurgery.engines.scalar import replaced_backward
@@ -78,9 +79,14 @@ class Representation(Engine):
                 "leave blocks at 'model', or use engine='sequential'."
             )
 
+    def refuse_ranks(self, ranks: Ranks) -> None:
+        return
+
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
         graph = survey(batch.losses.outputs)
-        if self.at is not None:
+        whole = batch.ranks is None or batch.ranks.shards is None
+        if self.at is not None and whole:
+            # The graph has other parameters in the place of those that are divided.
             _check_reach(graph, self.at, batch)
         if batch.ranks is None:
             return AtRepresentation(cut(batch, graph, self.at), batch.layout.params, self.reduce, retain=batch.retain)

@@ -114,14 +114,14 @@ class Rows(Measurement):
             # All blocks in one launch.
             self.write_direction(kernels.combine(weights, self._complete(), self._layout.bounds), head_weights)
         else:
-            self._write(combine, head_weights)
+            self.write_pieces(combine, head_weights)
 
     def write_direction(self, direction: Tensor, head_weights: Tensor | None) -> None:
         """As `write`, where the direction (d,) is known."""
-        self._write(lambda piece, rows: direction[piece.start : piece.stop], head_weights)
+        self.write_pieces(lambda piece, rows: direction[piece.start : piece.stop], head_weights)
 
     def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
-        self._write(lambda piece, rows: columns(rows), None)
+        self.write_pieces(lambda piece, rows: columns(rows), None)
 
     def cosines(self, gradients: Gradients) -> Tensor:
         """(T,) float64, of each row with the P gradients side by side; 0 for a row of zeros. None stands for zeros."""
@@ -138,7 +138,8 @@ class Rows(Measurement):
         pairs = [(v, g) for v, g in zip(views, gradients, strict=True) if g is not None]
         return torch.stack([zero, *((v.reshape(-1) @ g.reshape(-1)).double() for v, g in pairs)]).sum()
 
-    def _write(self, direct: Callable[[Piece, Tensor], Tensor], head_weights: Tensor | None) -> None:
+    def write_pieces(self, direct: Callable[[Piece, Tensor], Tensor], head_weights: Tensor | None) -> None:
+        """As `write`, by a rule for each piece's rows (T, n)."""
         rows, ranks = self._complete(), self._layout.ranks
         if ranks is not None:
             self._reached = ranks.anywhere(self._reached)
@@ -147,7 +148,7 @@ class Rows(Measurement):
             views = self._layout.views(direction, piece)
             span = slice(piece.first, piece.last)
             reached = zip(self._layout.params[span], views, self._reached[span], strict=True)
-            accumulate([(p, view) for p, view, seen in reached if seen])
+            accumulate([(p, view) for p, view, seen in reached if seen], ranks)
         write_own(self._own, head_weights, ranks, self._others)
         # Given away, and not to be kept alive by these rows.
         self._own, self._spare = [{} for _ in self._own], [None] * len(self._layout.params)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from gradsurgery.distributed import Ranks
 from gradsurgery.engines.engine import Batch, Engine, Measurement, RowMap
 from gradsurgery.engines.layout import Layout, PerLayout
 from gradsurgery.engines.replicas import joined
@@ -42,6 +43,9 @@ class Subset(Engine):
                 "own. Use blocks='model', or leave measure_on out."
             )
         self._engine.refuse(needs, name, blocks=blocks)
+
+    def refuse_ranks(self, ranks: Ranks) -> None:
+        self._engine.refuse_ranks(ranks)
 
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
         layout = self._layouts.get(batch.layout)

@@ -1,6 +1,7 @@
 """Several methods on one benchmark, each from the same seed: a run a method, then the table and the pictures."""
 
 import ast
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from gradsurgery.recipes.harness import pictures, report
 from gradsurgery.recipes.harness.benchmark import Benchmark, RecipeError, Row
 from gradsurgery.recipes.harness.data import steps_per_epoch
 from gradsurgery.recipes.harness.evaluate import evaluate, reported
+from gradsurgery.recipes.harness.processes import Part, started
 from gradsurgery.recipes.harness.train import Interrupted, Run, Surgery, train
 from gradsurgery.registry import MethodInfo
 
@@ -58,17 +60,30 @@ class Options:
     """also train every task alone, and take those runs as the baseline of Delta-m"""
 
 
-def compare(benchmark: Benchmark, options: Options, console: Console | None = None) -> list[Row]:
-    """Train every method of `options`, print the table, write table and pictures; return the table's rows."""
-    console = console or report.open_console()
-    device = _device(options.device)
+def compare(
+    benchmark: Benchmark | Callable[[], Benchmark], options: Options, console: Console | None = None
+) -> list[Row]:
+    """Train every method of `options`, print the table, write table and pictures; return the table's rows.
+
+    Args:
+        benchmark: that, or what makes it; of several processes (`torchrun`), the first does so before the others.
+    """
+    with started(_device(options.device)) as (part, device):
+        console = (console or report.open_console()) if part.first else Console(quiet=True)
+        with part.in_turn():
+            made = benchmark if isinstance(benchmark, Benchmark) else benchmark()
+        return _compare(made, options, console, device, part)
+
+
+def _compare(benchmark: Benchmark, options: Options, console: Console, device: torch.device, part: Part) -> list[Row]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     surgeries = _surgeries(options)
-    out = _folder(options, benchmark, console)
-    _introduce(benchmark, device, out, console)
-    floor = Row("constant prediction", _floor(benchmark, device))
-    runs = _train_all(benchmark, options, surgeries, out, device, console)
+    out = part.decide(_folder(options, benchmark, console) if part.first else None)
+    assert out is not None
+    _introduce(benchmark, device, out, console, part)
+    floor = Row("constant prediction", _floor(benchmark, device, part))
+    runs = _train_all(benchmark, options, surgeries, out, device, console, part)
     trained = [Row(name, reported(parts, run.history), _seconds(run)) for name, (parts, run) in runs.items()]
     rows = [row for row in (floor, *benchmark.published) if row.values]
     baseline = benchmark.published[0] if benchmark.published else trained[0]
@@ -80,9 +95,10 @@ def compare(benchmark: Benchmark, options: Options, console: Console | None = No
     columns = benchmark.columns
     over = {0: ", the best on the test set", 1: ""}.get(benchmark.last, f", mean of the last {benchmark.last} epochs")
     title = f"{benchmark.name}, {benchmark.description}: test metrics after {benchmark.epochs} epochs{over}"
-    report.write_table(rows, columns, baseline, out / "table.csv")
     histories = {name: run.history for name, (_, run) in runs.items()}
-    pictures.curves(histories, floor.values, benchmark).savefig(out / "curves.png", dpi=120)
+    if part.first:
+        report.write_table(rows, columns, baseline, out / "table.csv")
+        pictures.curves(histories, floor.values, benchmark).savefig(out / "curves.png", dpi=120)
     console.print(title, style="bold", highlight=False)
     console.print(report.table(rows, columns, baseline))
     console.print(f"Tables, pictures, TensorBoard logs and checkpoints are in {out}/", highlight=False)
@@ -108,7 +124,9 @@ def _exit(message: str, code: int) -> NoReturn:
 
 def _resume_command(out: Path) -> str:
     """The command line that was typed, with `--out` and `--resume`."""
-    words, kept = iter(sys.orig_argv[1:]), ["python"]
+    words, kept = iter(word for word in sys.orig_argv[1:] if word != "-u"), ["python"]
+    if "WORLD_SIZE" in os.environ:
+        kept = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
     for word in words:
         if word == "--out":
             next(words, None)
@@ -222,10 +240,11 @@ def free_folder(out: Path) -> Path:
     return new
 
 
-def _introduce(benchmark: Benchmark, device: torch.device, out: Path, console: Console) -> None:
+def _introduce(benchmark: Benchmark, device: torch.device, out: Path, console: Console, part: Part) -> None:
     model = benchmark.model(tuple(benchmark.tasks))
     count = sum(p.numel() for p in model.parameters()) / 1e6
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = where if part.size == 1 else f"{part.size} processes, each on {where}"
     settings = ", ".join(f"{key} {value}" for key, value in benchmark.settings.items())
     console.print(
         f"{benchmark.name}: {benchmark.description}\n"
@@ -236,8 +255,8 @@ def _introduce(benchmark: Benchmark, device: torch.device, out: Path, console: C
     )
 
 
-def _floor(benchmark: Benchmark, device: torch.device) -> dict[str, float]:
-    return evaluate(benchmark, benchmark.floor(), device=device) if benchmark.floor else {}
+def _floor(benchmark: Benchmark, device: torch.device, part: Part) -> dict[str, float]:
+    return evaluate(benchmark, benchmark.floor(), device=device, part=part) if benchmark.floor else {}
 
 
 def _train_all(
@@ -247,6 +266,7 @@ def _train_all(
     out: Path,
     device: torch.device,
     console: Console,
+    part: Part,
 ) -> dict[str, tuple[Benchmark, Run]]:
     jobs = [(name, benchmark, surgery) for name, surgery in surgeries.items()]
     if options.single_task:
@@ -254,9 +274,9 @@ def _train_all(
         jobs = [*alone, *jobs]
     runs: dict[str, tuple[Benchmark, Run]] = {}
     with report.Progress(console) as progress:
-        for name, part, surgery in jobs:
+        for name, task, surgery in jobs:
             run, model = train(
-                part,
+                task,
                 surgery,
                 out / f"{name.replace(' ', '-')}-seed{options.seed}",
                 name=name,
@@ -267,14 +287,15 @@ def _train_all(
                 log_every=options.log_every,
                 workers=options.workers,
                 progress=progress,
+                part=part,
             )
             title = f"{name} on {benchmark.name}, {benchmark.description}"
-            if len(part.tasks) > 1:
+            if len(task.tasks) > 1 and part.first:
                 pictures.weights_and_cosines(run.trace, run.folder / "weights.png", title)
-            if benchmark.pictures is not None:
+            if benchmark.pictures is not None and part.first:
                 model.eval()
                 benchmark.pictures(lambda x, model=model: model(x.to(device)), run.folder, title)
-            runs[name] = (part, run)
+            runs[name] = (task, run)
     return runs
 
 

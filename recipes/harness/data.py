@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gradsurgery.recipes.harness.benchmark import Benchmark, Sample
+from gradsurgery.recipes.harness.benchmark import Benchmark, RecipeError, Sample
+from gradsurgery.recipes.harness.processes import ALONE, Part
 
 _ORDER, _AUGMENT = 0, 1
 
@@ -48,22 +49,51 @@ class _Augmented(Dataset[Sample]):
 
 
 def train_batches(
-    benchmark: Benchmark, *, seed: int, epoch: int, start: int, device: torch.device, workers: int, draw: int = 0
-) -> Iterator[Sample]:
-    """The batches of one epoch from step `start` on, on `device`; those of another `draw` have their own order."""
+    benchmark: Benchmark,
+    *,
+    seed: int,
+    epoch: int,
+    start: int,
+    device: torch.device,
+    workers: int,
+    draw: int = 0,
+    part: Part = ALONE,
+) -> Iterator[tuple[Sample, float]]:
+    """The batches of one epoch from step `start` on, on `device`; those of another `draw` have their own order.
+
+    Of several processes, each has its part of every batch, with the factor that makes the mean of their losses that of
+    the batch's samples, 1 where all parts are alike.
+    """
     batches = epoch_batches(size(benchmark.train), benchmark.batch_size, seed=seed, epoch=epoch, start=start, draw=draw)
     wanted = list(batches)[: steps_per_epoch(benchmark) - start]
-    return _load(_Augmented(benchmark, seed, draw), wanted, device, workers)
+    mine = [batch[part.rank :: part.size] for batch in wanted]
+    factors = [len(own) * part.size / len(batch) for own, batch in zip(mine, wanted, strict=True)]
+    return zip(_load(_Augmented(benchmark, seed, draw), mine, device, workers), factors, strict=True)
+
+
+def check_parts(benchmark: Benchmark, part: Part) -> None:
+    """Raises RecipeError where a batch has too few samples to give each process one."""
+    n, b = size(benchmark.train), benchmark.batch_size
+    smallest = b if benchmark.drop_last or n % b == 0 else n % b
+    if min(b, smallest) < part.size:
+        raise RecipeError(
+            f"{part.size} processes share each batch, and there is one of {min(b, smallest)} samples ({n} in batches "
+            f"of {b}): choose another batch size, or fewer processes."
+        )
 
 
 def _extra(draw: int) -> tuple[int, ...]:
     return (draw,) if draw else ()
 
 
-def test_batches(benchmark: Benchmark, *, device: torch.device, workers: int = 0) -> Iterator[Sample]:
-    """The test set in its own order, in batches of `test_batch_size`, on `device`."""
+def test_batches(
+    benchmark: Benchmark, *, device: torch.device, workers: int = 0, part: Part = ALONE
+) -> Iterator[Sample]:
+    """The test set in its own order, in batches of `test_batch_size`, on `device`; whole ones by turns, where there are
+    several processes, since metrics may be means over batches."""
     n, b = size(benchmark.test), benchmark.test_batch_size
-    return _load(benchmark.test, [list(range(i, min(i + b, n))) for i in range(0, n, b)], device, workers)
+    batches = [list(range(i, min(i + b, n))) for i in range(0, n, b)]
+    return _load(benchmark.test, batches[part.rank :: part.size], device, workers)
 
 
 def to_device(x: Any, device: torch.device) -> Any:

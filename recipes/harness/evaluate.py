@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gradsurgery.recipes.harness.benchmark import Benchmark, Predictor
 from gradsurgery.recipes.harness.data import test_batches
 from gradsurgery.recipes.harness.metrics import delta_m
+from gradsurgery.recipes.harness.processes import ALONE, Part
 
 
 @torch.no_grad()
@@ -19,8 +20,10 @@ def evaluate(
     device: torch.device | str = "cpu",
     workers: int = 0,
     each_batch: Callable[[], None] = lambda: None,
+    part: Part = ALONE,
 ) -> dict[str, float]:
-    """Test metrics in the reported units, by `task/metric`.
+    """Test metrics in the reported units, by `task/metric`; of several processes, each passes its part of the test set
+    and has the metrics of all of it.
 
     Args:
         predict: a model, put into eval mode and back, or any other function of a batch of inputs.
@@ -31,7 +34,7 @@ def evaluate(
     if isinstance(predict, nn.Module):
         predict.eval()
     try:
-        for x, targets in test_batches(benchmark, device=torch.device(device), workers=workers):
+        for x, targets in test_batches(benchmark, device=torch.device(device), workers=workers, part=part):
             predictions = predict(x)
             for name, meter in meters.items():
                 meter.update(predictions[name], targets[name])

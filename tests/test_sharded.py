@@ -1,0 +1,195 @@
+"""Training under `fully_shard`, sharded and replicated, equals training in one process on the whole batch."""
+
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import launch
+from test_distributed import CASES, Net, check, losses_of, optimizer, parts_of, train
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from gradsurgery import MTLOptimizer
+from gradsurgery.engines import Batched, Gramian
+from gradsurgery.losses import read_losses
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+CASES["cleared"] = {"method": "cagrad", "step": "cleared"}
+NAMES = [
+    *("cagrad", "pcgrad", "nash_mtl", "upgrad", "famo", "uw", "ew", "moco", "graddrop", "mgda", "trimmed_mean"),
+    *("excess_mtl", "seed of rank 0", "independent", "blocks", "two blocks", "schedule", "schedule, weighted"),
+    *("weighted", "representation", "representation, weighted", "representation, summed", "measure_on", "accumulate"),
+    *("accumulate, columns", "scaler", "clipped", "combine", "combine, losses", "combine, schedule", "cleared"),
+    "combine, representation",
+]
+# Under each kind of sharding; the first has all of them.
+KINDS = {
+    "sharded": NAMES,
+    "kept": ["cagrad", "cleared", "graddrop", "representation", "schedule", "combine"],
+    "hybrid": ["cagrad", "nash_mtl", "graddrop", "moco", "uw", "representation", "blocks", "combine"],
+    "whole": ["cagrad", "uw"],
+}
+
+
+def shard(net: Net, kind: str, world: int) -> Net:
+    mesh = (
+        init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        if kind == "hybrid"
+        else init_device_mesh("cpu", (world,))
+    )
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": kind != "kept"}
+    if kind != "whole":
+        for part in (net.trunk, *net.heads):
+            fully_shard(part, **options)
+    return fully_shard(net, **options)  # pyright: ignore[reportReturnType]
+
+
+def case(name: str, rank: int, world: int) -> Any:
+    """One rank's part of a case."""
+    if name in REFUSALS:
+        return REFUSALS[name][0](rank, world)
+    if name == "checkpoint":
+        return checkpoint(rank, world)
+    kind, _, name = name.partition(": ")
+    torch.manual_seed(7 + rank)
+    net = shard(Net(), kind, world)
+    return train(name, net, net, optimizer(net, net, CASES[name]), world, [rank])
+
+
+def step(net: nn.Module, rank: int, world: int, method: str = "cagrad", tasks: int = 3, **options: Any) -> Any:
+    shared = options.pop("shared_params", list(net.trunk.parameters()))  # pyright: ignore
+    opt = MTLOptimizer(torch.optim.SGD(net.parameters(), 0.1), method, shared, **options)
+    x, y = parts_of(0, world)[rank]
+    losses = losses_of(net(x), y)
+    try:
+        for _ in range(2):
+            opt.backward([loss if t < tasks else None for t, loss in enumerate(losses)])
+            losses = losses_of(net(x), y)
+            tasks = 3
+    except (RuntimeError, ValueError) as error:
+        return f"refused: {error}"
+    return "not refused"
+
+
+def partly(rank: int, world: int) -> Any:
+    net = Net()
+    fully_shard(net.trunk)
+    return step(net, rank, world)
+
+
+def absent(rank: int, world: int) -> Any:
+    """On a rank; the others wait for it, as in any training, and are not asked."""
+    net = shard(Net(), "sharded", world)
+    opt = optimizer(net, net, {"method": "cagrad"})
+    losses = losses_of(net(parts_of(0, world)[rank][0]), parts_of(0, world)[rank][1])
+    opt.backward(losses)
+    if rank == 1:
+        losses[2] = None
+    read = read_losses(losses, ("0", "1", "2"))
+    try:
+        opt._surgery.ranks().join(read)  # pyright: ignore[reportOptionalMemberAccess]
+    except ValueError as error:
+        return f"refused: {error}"
+    return "refused: is absent on rank" if rank != 1 else "not refused"
+
+
+REFUSALS: dict[str, tuple[Any, str]] = {
+    "partly sharded": (partly, "outside of fully_shard"),
+    "absent": (absent, "is absent on rank"),
+    "search": (
+        lambda rank, world: step(shard(Net(), "sharded", world), rank, world, shared_params=None),
+        "Pass shared_params",
+    ),
+    "batched": (
+        lambda rank, world: step(shard(Net(), "sharded", world), rank, world, engine=Batched()),
+        "by whole backward passes",
+    ),
+    "gramian": (
+        lambda rank, world: step(shard(Net(), "sharded", world), rank, world, engine=Gramian()),
+        "never holds the task gradients",
+    ),
+    "conflicts": (
+        lambda rank, world: step(shard(Net(), "sharded", world), rank, world, update_every=2, resolve_on_conflict=True),
+        "resolve_on_conflict compares whole gradients",
+    ),
+}
+
+
+def checkpoint(rank: int, world: int) -> Any:
+    """Two steps, a distributed checkpoint, two more; and the latter again from what it brought."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = [made]
+        dist.broadcast_object_list(folder)
+        found = resume(rank, world, folder[0])
+        dist.barrier()
+        return found
+
+
+def resume(rank: int, world: int, folder: str) -> list[Tensor]:
+
+    def build() -> tuple[Net, MTLOptimizer]:
+        net = shard(Net(), "sharded", world)
+        return net, optimizer(net, net, {"method": "moco"}, seed=5)
+
+    def steps(net: Net, opt: MTLOptimizer, numbers: range) -> None:
+        for n in numbers:
+            opt.zero_grad()
+            x, y = parts_of(n, world)[rank]
+            opt.step(losses_of(net(x), y))
+
+    net, opt = build()
+    steps(net, opt, range(2))
+    model_state, state = get_state_dict(net, opt)
+    dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=folder)
+    steps(net, opt, range(2, 4))
+    again, resumed = build()
+    steps(again, resumed, range(7, 8))
+    model_state, state = get_state_dict(again, resumed)
+    content = {"model": model_state, "optimizer": state}
+    dcp.load(content, checkpoint_id=folder)
+    set_state_dict(again, resumed, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
+    steps(again, resumed, range(2, 4))
+    return [torch.cat([p.full_tensor().reshape(-1) for p in n.parameters()]).detach() for n in (net, again)]  # pyright: ignore
+
+
+def names(world: int) -> list[str]:
+    return [f"{kind}: {name}" for kind, names in KINDS.items() for name in names if world > 2 or kind != "hybrid"]
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[str, list[Any]]:
+    return launch(2, "test_sharded", [*names(2), *REFUSALS, "checkpoint"])
+
+
+@pytest.fixture(scope="module")
+def four() -> dict[str, list[Any]]:
+    return launch(4, "test_sharded", names(4))
+
+
+@pytest.mark.parametrize("name", names(2))
+def test_two_ranks_equal_one_process(name: str, two: dict[str, list[Any]]) -> None:
+    check(two[name], name.partition(": ")[2], 2)
+
+
+@pytest.mark.parametrize("name", names(4))
+def test_four_ranks_equal_one_process(name: str, four: dict[str, list[Any]]) -> None:
+    check(four[name], name.partition(": ")[2], 4)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_would_go_wrong_is_refused(name: str, two: dict[str, list[Any]]) -> None:
+    for answer in two[name]:
+        assert isinstance(answer, str) and answer.startswith("refused: "), answer
+        assert REFUSALS[name][1] in answer, answer
+
+
+def test_a_distributed_checkpoint_resumes_with_tracked_rows(two: dict[str, list[Any]]) -> None:
+    for found in two["checkpoint"]:
+        assert isinstance(found, list), found
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
