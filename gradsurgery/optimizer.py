@@ -225,7 +225,8 @@ class MTLOptimizer(Optimizer):
 
         Raises:
             TypeError, ValueError: the losses cannot be used (the message says why); nothing has been changed then.
-            RuntimeError: a compiled model can be passed backward but once; nothing has been changed then.
+            RuntimeError: a compiled model can be passed backward but once, or activations are checkpointed in the
+                reentrant way; nothing has been changed then.
         """
         try:
             return self._surgery.backward(losses, scaler, independent, representation)

@@ -110,6 +110,7 @@ class Parameters:
         Raises:
             ValueError: shared parameters are to be found, and a task is absent, the losses are the entries of one
                 vector, or no parameter is shared.
+            RuntimeError: a part of the graph hides the parameters below it.
         """
         flags = tuple((id(p), p.requires_grad) for p in base_parameters(self._base))
         if flags != self._flags or self._foreign:
@@ -125,7 +126,9 @@ class Parameters:
                 f"Shared parameters are found from the first batch, in which {', '.join(map(repr, absent))} is absent. "
                 "Pass shared_params, or start with a batch that has every task."
             )
-        reached = {t: {id(p): p for p in survey([losses.outputs[t]]).leaves.values()} for t in new}
+        graphs = {t: survey([losses.outputs[t]]) for t in new}
+        _check_open([node for graph in graphs.values() for node in graph.next])
+        reached = {t: {id(p): p for p in graph.leaves.values()} for t, graph in graphs.items()}
         if self._named is None and self._found is None:
             _check_separate([losses.outputs[t] for t in new])
             self._found = self._find([reached[t] for t in new])
@@ -221,6 +224,17 @@ class Parameters:
 
 def base_parameters(base_opt: Optimizer) -> list[Tensor]:
     return [p for group in base_opt.param_groups for p in group["params"]]
+
+
+def _check_open(nodes: Iterable[Node]) -> None:
+    """What is behind a reentrant checkpoint gets gradients in an ordinary backward alone: in any other, none, and no
+    word of it."""
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+        raise RuntimeError(
+            "A part of the model is under reentrant activation checkpointing, which knows no gradients of single "
+            "tasks. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint "
+            "(gradient_checkpointing_kwargs={'use_reentrant': False} in Hugging Face's models and trainers)."
+        )
 
 
 def _check_separate(outputs: Sequence[Output | None]) -> None:
