@@ -26,7 +26,11 @@ def launch(world: int, module: str, cases: list[str], timeout: int = 400) -> dic
         timeout: seconds for all of them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        }
         command = [sys.executable, "-W", "ignore", str(TESTS / "ranks.py"), str(world), module, folder, *cases]
         ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(world)]
         try:

@@ -1,0 +1,105 @@
+"""Lightning's and Hugging Face's own DistributedDataParallel, on two ranks: as one process on the whole batch."""
+
+import os
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from models import flat
+from ranks import launch
+from torch import Tensor
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+# Lightning takes the process group down when it has done with it, and so comes last.
+ROADS: dict[str, dict[str, Any]] = {
+    "huggingface": {},
+    "huggingface, automatic": {"automatic": True},
+    "huggingface, accumulated": {"accumulate": 2},
+    "lightning": {},
+    "lightning, weighted": {"heads": "weighted", "method": "uw"},
+    "lightning, automatic": {"automatic": True},
+    "lightning, accumulated": {"accumulate": 2},
+}
+
+
+def fit_lightning(rank: int, world: int, options: dict[str, Any]) -> Tensor:
+    import lightning
+    import test_integrations
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.utils.data import DataLoader, TensorDataset
+
+    module = test_integrations.Module(**options)
+    strategy = {} if world == 1 else {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": world}
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **(strategy or {"devices": 1}),
+    )
+    # The ranks' batches make up those of one process.
+    mine = test_integrations.data()[rank::world]
+    trainer.fit(module, DataLoader(TensorDataset(mine), 8 // world))
+    return flat([p.detach() for p in module.toy.parameters()])
+
+
+def fit_huggingface(rank: int, world: int, options: dict[str, Any]) -> Tensor:
+    import test_integrations
+    from transformers import TrainingArguments
+
+    model = test_integrations.Toy(dtype=torch.float32)
+    options = dict(options)
+    arguments = TrainingArguments(
+        output_dir=tempfile.gettempdir(),
+        use_cpu=True,
+        ddp_backend="gloo" if world > 1 else None,
+        num_train_epochs=2,
+        per_device_train_batch_size=8 // world,
+        gradient_accumulation_steps=options.pop("accumulate", 1),
+        learning_rate=0.01,
+        seed=3,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = test_integrations.ToyTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=test_integrations.Samples(),
+        shared=test_integrations.shared,
+        **options,
+    )
+    trainer.train()
+    return flat([p.detach() for p in model.parameters()])
+
+
+def fit(name: str, rank: int = 0, world: int = 1) -> Tensor:
+    return (fit_lightning if name.startswith("lightning") else fit_huggingface)(rank, world, ROADS[name])
+
+
+def case(name: str, rank: int, world: int) -> Any:
+    """One rank's part, in the environment that torchrun would have made."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511", "TORCHELASTIC_RUN_ID": "test"}
+    return fit(name, rank, world)
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[str, list[Any]]:
+    return launch(2, "test_trainers_distributed", list(ROADS))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ROADS)
+def test_two_ranks_equal_one_process(name: str, two: dict[str, list[Any]]) -> None:
+    first, second = two[name]
+    assert isinstance(first, Tensor), first
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, fit(name), rtol=1e-4, atol=1e-5)
