@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import agreement, memory, overhead, pictures, problems, record
+from benchmarks import agreement, memory, overhead, pictures, problems, record, scaling
 from benchmarks.contenders import CONTENDERS, DeclinedError, Step, contenders, libmtl, prepare, shared_gradient
 from benchmarks.problems import Model, Problem, mlp
 
@@ -252,3 +252,29 @@ def test_what_architectures_cost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     text = architectures.report(found)
     assert "| hps | 11.19 | 1.00 | 1.00 |" in text
     assert [path.name for path in architectures.draw(tmp_path)] == ["hps.png", "mtan.png", "esmm.png"]
+
+
+def test_forecasts_count_what_a_step_sends() -> None:
+    """(T + 1) d of rows under DDP where summed rows are 2 T d, and nothing where there is one rank."""
+    rows = scaling.on_a_cluster(3)
+    found = {(row["parameters"], row["ranks"], row["road"]): row for row in rows}
+    d, s = 1e9, 2
+    for W in (8, 1024):
+        share = (W - 1) / W
+        assert found["1 B", W, "plain DDP"]["bytes"] == pytest.approx(2 * d * s * share)
+        assert found["1 B", W, "sequential"]["bytes"] == pytest.approx(4 * d * s * share)
+        assert found["1 B", W, "rows all-reduced"]["bytes"] == pytest.approx(6 * d * s * share)
+        assert found["1 B", W, "representation"]["bytes"] == found["1 B", W, "plain DDP"]["bytes"]
+        assert found["1 B", W, "sequential"]["seconds"] < found["1 B", W, "rows all-reduced"]["seconds"]
+    assert all(row["bytes"] == 0 for row in rows if row["ranks"] == 1)
+    assert ("70 B", 8, "sequential") not in found and ("70 B", 8, "sequential, FSDP2") in found
+    text = scaling.report({"tasks": 3, "model": rows})
+    assert "Assumed:" in text and "1024" in text
+
+
+def test_scaling_is_checked_against_counted_bytes() -> None:
+    """Two real ranks: what their collectives were given is what the model says."""
+    found = scaling.measured(2, 2, 1)
+    wire = scaling.on_the_wire(found["elements"], 2)
+    _, forecast = scaling.forecast("sequential", found["d"], 2, 2, scaling.HERE, forward=0.0, backward=0.0)
+    assert wire == pytest.approx(forecast, rel=1e-3)
