@@ -239,8 +239,8 @@ class MTLOptimizer(Optimizer):
     def combine(self, losses: Losses, *, independent: Sequence[Losses] | None = None) -> Tensor:
         """The weighted sum of the losses, on which one ordinary ``backward()`` makes the method's direction.
 
-        It is for whoever wants a scalar loss and does the rest: a trainer's ``compute_loss``, automatic optimisation, an
-        engine or a wrapper that averages gradients in its own way. Weights are found as in `backward`, by T passes
+        It is for whoever wants a scalar loss and does the rest: a trainer's ``compute_loss``, automatic optimisation,
+        an engine or a wrapper that averages gradients in its own way. Weights are found as in `backward`, by T passes
         that leave ``.grad`` and the graph as they were, so that a step costs one backward more. Task-specific
         parameters take the weighted gradient too (``heads="weighted"``); a step between two solves of ``update_every``
         costs nothing beside the caller's backward. ``.grad`` is the caller's: step with ``opt.step()``, or with what
