@@ -275,8 +275,8 @@ def measured(world: int, T: int, rounds: int) -> dict[str, Any]:
 
 def check(T: int, rounds: int) -> dict[str, Any]:
     """Measurements, and forecasts from those of one rank and the links of two."""
-    found = {world: measured(world, T, rounds) for world in RANKS}
-    one, two, cores = found[1], found[2], os.cpu_count() or 1
+    found = {str(world): measured(world, T, rounds) for world in RANKS}
+    one, two, cores = found["1"], found["2"], os.cpu_count() or 1
     # Collectives of each road, by kind.
     roads = {"plain DDP": {"sum": 1}, "sequential": {"scatter": T, "gather": 1}}
     rows = []
@@ -292,7 +292,7 @@ def check(T: int, rounds: int) -> dict[str, Any]:
             seconds *= max(1.0, world / cores)
             wire = forecast(road, one["d"], T, world, HERE, forward=0.0, backward=0.0)[1]
             rows.append(
-                {"ranks": world, "road": road, "measured": found[world][road], "forecast": seconds, "bytes": wire}
+                {"ranks": world, "road": road, "measured": found[str(world)][road], "forecast": seconds, "bytes": wire}
             )
     return {"measured": found, "rows": rows, "cores": cores}
 
@@ -387,7 +387,7 @@ def main() -> None:
     args = parser.parse_args()
     content: dict[str, Any] = {"machine": machine(torch.device("cpu")), "tasks": args.tasks}
     if "check" in args.only:
-        content["check"] = json.loads(json.dumps(check(args.tasks, args.rounds)))
+        content["check"] = check(args.tasks, args.rounds)
     if "model" in args.only:
         content["model"] = on_a_cluster(args.tasks)
     if args.out:

@@ -322,8 +322,9 @@ def find_ranks(params: Sequence[Tensor], group: Group | None) -> Ranks | None:
         return None
     if any(is_sharded(p) for p in params):
         shards = Shards(params)
-        _check_groups(shards.group(), [] if group is None else [group])
-        return Ranks(shards.group(), params, shards=shards)
+        chosen = shards.group()
+        _check_groups(chosen, [] if group is None else [group])
+        return Ranks(chosen, params, shards=shards)
     wrappers = _wrappers(params)
     for wrapper in wrappers:
         _check_wrapper(wrapper)

@@ -457,7 +457,12 @@ def backward(opt: Any, losses: Losses, **options: Any) -> StepInfo:
     Raises:
         TypeError: there is no `MTLOptimizer` inside.
     """
-    return unwrap(opt).backward(losses, **{"scaler": getattr(opt, "scaler", None), **options})
+    return unwrap(opt).backward(losses, **{"scaler": scaler_of(opt), **options})
+
+
+def scaler_of(opt: Any) -> torch.amp.GradScaler | None:
+    """The AMP scaler of Accelerate's wrapper, if there is one."""
+    return getattr(opt, "scaler", None)
 
 
 def unwrap(opt: Any) -> MTLOptimizer:

@@ -127,7 +127,7 @@ class Parameters:
                 "Pass shared_params, or start with a batch that has every task."
             )
         graphs = {t: survey([losses.outputs[t]]) for t in new}
-        _check_open([node for graph in graphs.values() for node in graph.next])
+        _check_open(node for graph in graphs.values() for node in graph.next)
         reached = {t: {id(p): p for p in graph.leaves.values()} for t, graph in graphs.items()}
         if self._named is None and self._found is None:
             _check_separate([losses.outputs[t] for t in new])

@@ -371,7 +371,7 @@ class Surgery:
         self, losses: TaskLosses, layout: Layout, own: Sequence[Tensor] = (), grad_scale: Tensor | None = None
     ) -> Batch:
         whole = bool(self.rule.method.needs & (Needs.COLUMNS | Needs.TRACKED)) or self.resolve_on_conflict
-        scatter = layout.ranks is not None and layout.ranks.shards is None and not whole
+        scatter = layout.ranks is not None and layout.shards is None and not whole
         return Batch(losses, layout, own, grad_scale, hold=self.holding, scatter=scatter)
 
     def _hold(self, batches: Sequence[TaskLosses], grad_scale: Tensor | None, *, due: bool) -> StepInfo:

@@ -30,7 +30,7 @@ class Tracked:
         self._rows = torch.zeros(T, layout.bounds[-1], dtype=self.dtype, device=layout.device)
         self._views = [layout.views(row) for row in self._rows]
         places = {p: n for n, p in enumerate(layout.params)}
-        shards = None if layout.ranks is None else layout.ranks.shards
+        shards = layout.shards
         for p, rows in known:
             if p in places:
                 mine = local(rows) if is_sharded(rows) or shards is None else shards.part(p, rows, axes=1)

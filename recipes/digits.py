@@ -76,11 +76,16 @@ class Pairs(Dataset[Sample]):
         return self.canvas[index], {task: digits[index] for task, digits in self.digits.items()}
 
 
+def load_images() -> tuple[np.ndarray, np.ndarray]:
+    """All images (n, 8, 8) float32 in [0, 1], and their digits (n,) int64."""
+    bunch: Any = load_digits()
+    return (bunch["images"] / 16).astype(np.float32), bunch["target"].astype(np.int64)
+
+
 def load_pairs(train: int, test: int, seed: int = 0) -> tuple[Pairs, Pairs]:
     """Training and test pairs, of images which only that side has."""
     generator = np.random.default_rng(seed)
-    bunch: Any = load_digits()
-    images, digits = (bunch["images"] / 16).astype(np.float32), bunch["target"].astype(np.int64)
+    images, digits = load_images()
     order = generator.permutation(len(images))
     parts = order[TEST_IMAGES:], order[:TEST_IMAGES]
     first, second = (
@@ -89,18 +94,23 @@ def load_pairs(train: int, test: int, seed: int = 0) -> tuple[Pairs, Pairs]:
     return first, second
 
 
-def build_model(tasks: Sequence[str]) -> HPS:
-    """A LeNet for 10 x 10 canvases, a hidden layer and a classifier for each task."""
-    encoder = nn.Sequential(
+def lenet(side: int, features: int) -> nn.Sequential:
+    """Images (B, 1, side, side) -> (B, features)."""
+    return nn.Sequential(
         nn.Conv2d(1, 24, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(24, 48, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(48 * (CANVAS // 2) ** 2, 96),
+        nn.Linear(48 * (side // 2) ** 2, features),
         nn.ReLU(),
     )
+
+
+def build_model(tasks: Sequence[str]) -> HPS:
+    """A LeNet for 10 x 10 canvases, a hidden layer and a classifier for each task."""
+    encoder = lenet(CANVAS, 96)
     return HPS(encoder, {task: nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 10)) for task in tasks})
 
 

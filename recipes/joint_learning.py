@@ -28,7 +28,6 @@ import tyro
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from rich.table import Table
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
@@ -38,6 +37,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from gradsurgery import MTLOptimizer
 from gradsurgery.architectures import TaskHeads
 from gradsurgery.integrations.lightning import MultiTaskModule
+from gradsurgery.recipes.digits import SIDE, lenet, load_images
 from gradsurgery.recipes.harness.benchmark import RecipeError
 from gradsurgery.recipes.harness.compare import command, free_folder
 from gradsurgery.recipes.harness.pictures import new_figure
@@ -114,8 +114,10 @@ class JointLearning(MultiTaskModule):
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         x, y, ids = batch
-        for t, logits in (routed := self.model.route(x, ids)).items():
-            target = routed.targets(y)[t]
+        routed = self.model.route(x, ids)
+        targets = routed.targets(y)
+        for t, logits in routed.items():
+            target = targets[t]
             self.accuracy[t].update(logits, target)  # pyright: ignore[reportCallIssue]
             options: dict[str, Any] = {"on_epoch": True, "add_dataloader_idx": False, "batch_size": len(target)}
             self.log(f"{stage}/accuracy/{t}", self.accuracy[t], **options)  # pyright: ignore[reportArgumentType]
@@ -132,9 +134,8 @@ class JointLearning(MultiTaskModule):
 
 def load_tasks(seed: int) -> dict[str, tuple[TensorDataset, TensorDataset]]:
     """task -> training and test samples, as `Batch` has them."""
-    bunch: Any = load_digits()
-    images = torch.from_numpy((bunch["images"] / 16).astype(np.float32))[:, None]
-    digits = torch.from_numpy(bunch["target"].astype(np.int64))
+    images, digits = map(torch.from_numpy, load_images())
+    images = images[:, None]
     views: dict[str, Callable[[Tensor], Tensor]] = {
         "digit": lambda x: x,
         "sideways": lambda x: x.rot90(1, (-2, -1)),
@@ -158,17 +159,7 @@ def load_tasks(seed: int) -> dict[str, tuple[TensorDataset, TensorDataset]]:
 def build(args: Args, method: str) -> JointLearning:
     """The module of a method, from the seed."""
     lightning.seed_everything(args.seed, verbose=False)
-    backbone = nn.Sequential(
-        nn.Conv2d(1, 24, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(24, 48, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(48 * 4 * 4, 64),
-        nn.ReLU(),
-    )
-    model = TaskHeads(backbone, {task: nn.Linear(64, classes) for task, classes in CLASSES.items()})
+    model = TaskHeads(lenet(SIDE, 64), {task: nn.Linear(64, classes) for task, classes in CLASSES.items()})
     return JointLearning(
         model,
         partial(SGD, lr=args.lr, momentum=0.9),

@@ -50,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
         "stats",
         "surgery",
     },
-    "integrations": {"losses", "optimizer"},
+    "integrations": {"losses", "optimizer", "stats"},
     "__init__": {"compiled", "functional", "optimizer", "registry", "stats"},
     "architectures": set(),
     "recipes": {"", "architectures", "integrations", "registry", "stats"},

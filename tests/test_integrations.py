@@ -63,18 +63,21 @@ class Module(MultiTaskModule):
         return {"optimizer": opt, "lr_scheduler": self._schedule(opt)}
 
 
-def fit(module: lightning.LightningModule, size: int = 8, epochs: int = 2, **options: Any) -> lightning.Trainer:
-    trainer = lightning.Trainer(
+def trainer_of(epochs: int = 2, **options: Any) -> lightning.Trainer:
+    options.setdefault("enable_checkpointing", False)
+    return lightning.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
         logger=False,
-        enable_checkpointing=options.pop("enable_checkpointing", False),
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
     )
-    loader = DataLoader(TensorDataset(data()), size)
-    trainer.fit(module, loader, DataLoader(TensorDataset(data()), 16))
+
+
+def fit(module: lightning.LightningModule, size: int = 8, epochs: int = 2, **options: Any) -> lightning.Trainer:
+    trainer = trainer_of(epochs, **options)
+    trainer.fit(module, DataLoader(TensorDataset(data()), size), DataLoader(TensorDataset(data()), 16))
     return trainer
 
 
@@ -170,15 +173,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
     trainer = fit(first, epochs=2, enable_checkpointing=True, default_root_dir=tmp_path)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     second = Module("nash_mtl", update_every=3)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=4,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(second, DataLoader(TensorDataset(data()), 8), ckpt_path=tmp_path / "half.ckpt")
+    trainer_of(4).fit(second, DataLoader(TensorDataset(data()), 8), ckpt_path=tmp_path / "half.ckpt")
     torch.testing.assert_close(values(second.toy), values(whole.toy), rtol=0, atol=0)
 
 
@@ -258,25 +253,27 @@ class PlainTrainer(Trainer):
         return torch.stack(model.losses(inputs["x"])).sum()
 
 
+def arguments_of(folder: Path, **changes: Any) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.01,
+        "seed": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(output_dir=str(folder), use_cpu=True, **options | changes)
+
+
 def trained(kind: type[Trainer], folder: Path, size: int = 8, accumulate: int = 1, **options: Any) -> Toy:
     model = Toy(dtype=torch.float32)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=True,
-        num_train_epochs=2,
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=accumulate,
-        learning_rate=0.01,
-        max_grad_norm=0.5,
-        seed=3,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    arguments = arguments_of(
+        folder, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, max_grad_norm=0.5
     )
-    trainer = kind(model=model, args=arguments, train_dataset=Samples(), **options)
-    trainer.train()
+    kind(model=model, args=arguments, train_dataset=Samples(), **options).train()
     return model
 
 
@@ -306,8 +303,7 @@ def test_trainer_on_the_automatic_road_weighs_heads_too(tmp_path: Path) -> None:
 def test_trainer_takes_an_optimizer_of_ones_own(tmp_path: Path) -> None:
     model = Toy(dtype=torch.float32)
     opt = MTLOptimizer(torch.optim.SGD(model.parameters(), 0.1), "mgda", model.trunk.parameters())
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", dataloader_pin_memory=False)
-    trainer = ToyTrainer(model=model, args=arguments, train_dataset=Samples(), optimizers=(opt, None))
+    trainer = ToyTrainer(model=model, args=arguments_of(tmp_path), train_dataset=Samples(), optimizers=(opt, None))
     assert trainer.create_optimizer() is opt
 
 

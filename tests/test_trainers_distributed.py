@@ -2,13 +2,17 @@
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
+import test_integrations as one
 import torch
-from models import flat
+from lightning.pytorch.strategies import DDPStrategy
+from models import Toy
 from ranks import launch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -25,59 +29,25 @@ ROADS: dict[str, dict[str, Any]] = {
 
 
 def fit_lightning(rank: int, world: int, options: dict[str, Any]) -> Tensor:
-    import lightning
-    import test_integrations
-    from lightning.pytorch.strategies import DDPStrategy
-    from torch.utils.data import DataLoader, TensorDataset
-
-    module = test_integrations.Module(**options)
-    strategy = {} if world == 1 else {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": world}
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **(strategy or {"devices": 1}),
-    )
+    module = one.Module(**options)
+    strategy = {} if world == 1 else {"strategy": DDPStrategy(process_group_backend="gloo")}
+    trainer = one.trainer_of(devices=world, use_distributed_sampler=False, **strategy)
     # The ranks' batches make up those of one process.
-    mine = test_integrations.data()[rank::world]
-    trainer.fit(module, DataLoader(TensorDataset(mine), 8 // world))
-    return flat([p.detach() for p in module.toy.parameters()])
+    trainer.fit(module, DataLoader(TensorDataset(one.data()[rank::world]), 8 // world))
+    return one.values(module.toy)
 
 
 def fit_huggingface(rank: int, world: int, options: dict[str, Any]) -> Tensor:
-    import test_integrations
-    from transformers import TrainingArguments
-
-    model = test_integrations.Toy(dtype=torch.float32)
     options = dict(options)
-    arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        use_cpu=True,
+    arguments = one.arguments_of(
+        Path(tempfile.gettempdir()),
         ddp_backend="gloo" if world > 1 else None,
-        num_train_epochs=2,
         per_device_train_batch_size=8 // world,
         gradient_accumulation_steps=options.pop("accumulate", 1),
-        learning_rate=0.01,
-        seed=3,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
-    trainer = test_integrations.ToyTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=test_integrations.Samples(),
-        shared=test_integrations.shared,
-        **options,
-    )
-    trainer.train()
-    return flat([p.detach() for p in model.parameters()])
+    model = Toy(dtype=torch.float32)
+    one.ToyTrainer(model=model, args=arguments, train_dataset=one.Samples(), shared=one.shared, **options).train()
+    return one.values(model)
 
 
 def fit(name: str, rank: int = 0, world: int = 1) -> Tensor:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from gradsurgery.distributed import Ranks
 from gradsurgery.engines.batched import Batched
 from gradsurgery.engines.cut import common_part
 from gradsurgery.engines.engine import Batch, Engine, Measurement
@@ -45,15 +44,13 @@ class Auto(Engine):
     """
 
     name: ClassVar[str] = "auto"
+    takes_shards: ClassVar[bool] = True
 
     def __init__(self, *, rows: bool):
         self._rows = rows
         self._sequential = Sequential()
         self._batched, self._gramian = Batched(quiet=True), Gramian(quiet=True)
         self._chosen: PerLayout[Engine] = PerLayout()
-
-    def refuse_ranks(self, ranks: Ranks) -> None:
-        return
 
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
         if batch.layout not in self._chosen and len(batch.losses.here) > 1:
@@ -62,7 +59,7 @@ class Auto(Engine):
         return (chosen if chosen.holds or not batch.hold else self._sequential).measure(batch, held)
 
     def _choose(self, batch: Batch) -> Engine:
-        if batch.ranks is not None and batch.ranks.shards is not None:
+        if batch.layout.shards is not None:
             return self._sequential
         K = len(batch.losses.here)
         by_rows, by_layer, layers, flops = 0.0, 0.0, 0, 0.0

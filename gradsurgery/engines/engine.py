@@ -121,10 +121,12 @@ class Engine(abc.ABC):
     Attributes:
         name: what `MTLOptimizer` knows it by.
         holds: whether it keeps gradients as rows (`Rows`), which those of further micro-batches can be added to.
+        takes_shards: whether `Batch.differentiate` is all that it asks of parameters, which serves divided ones too.
     """
 
     name: ClassVar[str]
     holds: ClassVar[bool] = True
+    takes_shards: ClassVar[bool] = False
 
     @abc.abstractmethod
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
@@ -147,7 +149,7 @@ class Engine(abc.ABC):
 
     def refuse_ranks(self, ranks: Ranks) -> None:
         """Raises ValueError where it cannot average over these ranks."""
-        if ranks.shards is not None:
+        if ranks.shards is not None and not self.takes_shards:
             raise ValueError(
                 f"engine={self.name!r} asks for gradients of the parameters that the model computes with, and "
                 "fully_shard gives those of the optimizer's, by whole backward passes. Use engine='sequential', "

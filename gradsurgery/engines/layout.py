@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gradsurgery.distributed import Ranks, local
+from gradsurgery.distributed import Ranks, Shards, local
 
 # Elements. Every parameter starts on a boundary that vectorised kernels like; the gaps stay zero.
 ALIGNMENT = 32
@@ -68,7 +68,7 @@ class Layout:
                 whole += _aligned(p.numel())
             self.bounds.append(offset)
         self.origins.append(whole)
-        unit = ALIGNMENT * (1 if ranks is None or ranks.shards is not None else ranks.size)
+        unit = ALIGNMENT * (1 if ranks is None or self.shards is not None else ranks.size)
         self.width = -(-offset // unit) * unit
         self.pieces = self._cut(blocks)
         self._rows: Tensor | None = None
@@ -88,6 +88,11 @@ class Layout:
                 pieces.append(Piece(b, ends[first], ends[last], first, last))
                 first = last
         return pieces
+
+    @property
+    def shards(self) -> Shards | None:
+        """How parameters are divided among the ranks, if they are."""
+        return None if self.ranks is None else self.ranks.shards
 
     @property
     def blocks(self) -> int:
@@ -143,12 +148,12 @@ class Layout:
 
     def chosen(self, piece: Piece) -> Tensor:
         """(n,) of a piece's columns, their places in the piece as it is where parameters are whole; 0 in the gaps."""
-        assert self.ranks is not None and self.ranks.shards is not None
+        assert self.shards is not None
         index = torch.zeros(piece.stop - piece.start, dtype=torch.int64, device=self.device)
         for n in range(piece.first, piece.last):
             p, (shape, stride, offset) = self.params[n], self._places[n]
             memory = torch.arange(p.numel(), device=self.device).as_strided(p.shape, _strides(p))
-            mine = self.ranks.shards.part(p, memory) + (self.origins[n] - self.origins[piece.first])
+            mine = self.shards.part(p, memory) + (self.origins[n] - self.origins[piece.first])
             index.as_strided(shape, stride, offset - piece.start).copy_(mine)
         return index
 

@@ -82,8 +82,8 @@ def joined(measured: Measurement, batch: Batch) -> Measurement:
     """What the ranks measured together, given what each measured of its own losses."""
     if batch.ranks is None or not isinstance(measured, Rows):
         return measured
-    if batch.ranks.shards is not None:
-        return ShardedRows(measured, batch, batch.ranks.shards)
+    if batch.layout.shards is not None:
+        return ShardedRows(measured, batch.layout, batch.layout.shards)
     if batch.scatter:
         return ReplicaRows(measured, batch)
     measured.total()

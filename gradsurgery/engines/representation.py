@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from gradsurgery import kernels
-from gradsurgery.distributed import Ranks
 from gradsurgery.engines.cut import Cut, cut
 from gradsurgery.engines.engine import Batch, Engine, Measurement, RowMap, flat, spread
 from gradsurgery.engines.scalar import replaced_backward
@@ -50,6 +49,7 @@ class Representation(Engine):
 
     name: ClassVar[str] = "representation"
     holds: ClassVar[bool] = False
+    takes_shards: ClassVar[bool] = True
 
     def __init__(self, reduce: Reduce = "none", at: Sequence[Edge] | None = None):
         if reduce not in ("none", "sum"):
@@ -79,13 +79,9 @@ class Representation(Engine):
                 "leave blocks at 'model', or use engine='sequential'."
             )
 
-    def refuse_ranks(self, ranks: Ranks) -> None:
-        return
-
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
         graph = survey(batch.losses.outputs)
-        whole = batch.ranks is None or batch.ranks.shards is None
-        if self.at is not None and whole:
+        if self.at is not None and batch.layout.shards is None:
             # The graph has other parameters in the place of those that are divided.
             _check_reach(graph, self.at, batch)
         if batch.ranks is None:

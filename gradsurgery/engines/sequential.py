@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.distributed import Ranks
 from gradsurgery.engines.engine import Batch, Engine, Measurement
 from gradsurgery.engines.replicas import ReplicaRows
 from gradsurgery.engines.rows import Gradients, Rows
@@ -18,9 +17,7 @@ class Sequential(Engine):
     """A backward pass a task, each copied once into its row of a preallocated (T, d) matrix."""
 
     name: ClassVar[str] = "sequential"
-
-    def refuse_ranks(self, ranks: Ranks) -> None:
-        return
+    takes_shards: ClassVar[bool] = True
 
     def measure(self, batch: Batch, held: Measurement | None = None) -> Measurement:
         losses, layout = batch.losses, batch.layout

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gradsurgery.distributed import Shards
 from gradsurgery.draws import Chosen
-from gradsurgery.engines.engine import Batch, Measurement, RowMap
-from gradsurgery.engines.layout import Piece
+from gradsurgery.engines.engine import Measurement, RowMap
+from gradsurgery.engines.layout import Layout, Piece
 from gradsurgery.engines.rows import Rows
 
 
@@ -22,13 +22,13 @@ class ShardedRows(Measurement):
 
     Args:
         rows: those.
-        batch: whose they are.
+        layout: in which they lie.
         shards: how the parameters are divided.
     """
 
-    def __init__(self, rows: Rows, batch: Batch, shards: Shards):
+    def __init__(self, rows: Rows, layout: Layout, shards: Shards):
         self.engine = rows.engine
-        self._rows, self._layout, self._shards = rows, batch.layout, shards
+        self._rows, self._layout, self._shards = rows, layout, shards
 
     def gramian(self, of: RowMap | None = None) -> Tensor:
         return self._shards.sum(self._rows.gramian(of))

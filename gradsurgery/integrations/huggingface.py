@@ -6,7 +6,6 @@ of this is needed: wrap the base optimizer, pass it through ``accelerator.prepar
 """
 
 import abc
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from gradsurgery.losses import Losses
-from gradsurgery.optimizer import MTLOptimizer, backward, unwrap
+from gradsurgery.integrations.trainers import MicroBatches, step_log
+from gradsurgery.optimizer import MTLOptimizer, scaler_of, unwrap
 
 
 class MultiTaskTrainer(Trainer, abc.ABC):
@@ -48,8 +47,7 @@ class MultiTaskTrainer(Trainer, abc.ABC):
         **kwargs: Any,
     ) -> None:
         self._method, self._shared, self._surgery, self._automatic = method, shared, dict(surgery or {}), automatic
-        self._held = contextlib.ExitStack()
-        self._holding = False
+        self._micro_batches = MicroBatches()
         super().__init__(*args, **kwargs)
         # Losses are means over the micro-batch, whatever the model's forward takes.
         self.model_accepts_loss_kwargs = False
@@ -86,10 +84,7 @@ class MultiTaskTrainer(Trainer, abc.ABC):
     ) -> Any:
         """The combined losses in training, their plain sum in evaluation."""
         losses, outputs = self.compute_losses(model, inputs)
-        if model.training and torch.is_grad_enabled():
-            total = unwrap(self.optimizer).combine(losses)
-        else:
-            total = torch.stack([loss.detach() for loss in losses.values() if loss is not None]).sum()
+        total = unwrap(self.optimizer).combine(losses) if model.training and torch.is_grad_enabled() else _sum(losses)
         return (total, outputs) if return_outputs else total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -100,30 +95,16 @@ class MultiTaskTrainer(Trainer, abc.ABC):
         with self.compute_loss_context_manager():
             losses, _ = self.compute_losses(model, inputs)
         steps = self.current_gradient_accumulation_steps
-        total = torch.stack([loss.detach() for loss in losses.values() if loss is not None]).sum() / steps
-        if steps > 1 and not self._holding:
-            self._held.enter_context(unwrap(self.optimizer).accumulate())
-            self._holding = True
-        self._backward({name: None if loss is None else loss / steps for name, loss in losses.items()})
-        return total
-
-    def _backward(self, losses: Losses) -> None:
-        try:
-            backward(self.optimizer, losses)
-        except BaseException:
-            self._holding = False
-            with contextlib.suppress(RuntimeError):
-                self._held.close()
-            raise
-        if self._holding and self.accelerator.sync_gradients:
-            self._holding = False
-            self._held.close()
+        last, scaler = self.accelerator.sync_gradients, scaler_of(self.optimizer)
+        self._micro_batches.backward(unwrap(self.optimizer), losses, of=steps, last=last, scaler=scaler)
+        return _sum(losses) / steps
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         info = None if self.optimizer is None else unwrap(self.optimizer).info
-        if info is not None and "loss" in logs:
-            logs = {**logs, **{f"loss/{task}": v for task, v in zip(info.tasks, info.losses.tolist(), strict=True)}}
-            if info.weights is not None:
-                weights = info.weights.mean(dim=0).tolist()
-                logs |= {f"weight/{task}": w for task, w in zip(info.tasks, weights, strict=True)}
+        if "loss" in logs:
+            logs = {**logs, **{name: value.item() for name, value in step_log(info).items()}}
         super().log(logs, *args, **kwargs)
+
+
+def _sum(losses: Mapping[str, Tensor | None]) -> Tensor:
+    return torch.stack([loss.detach() for loss in losses.values() if loss is not None]).sum()

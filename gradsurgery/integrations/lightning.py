@@ -6,8 +6,6 @@ other module takes the automatic road with one line: ``return combine(self, loss
 """
 
 import abc
-import contextlib
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,6 +13,7 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from gradsurgery.integrations.trainers import MicroBatches, step_log
 from gradsurgery.losses import Losses
 from gradsurgery.optimizer import MTLOptimizer, unwrap
 
@@ -105,8 +104,7 @@ class MultiTaskModule(LightningModule, abc.ABC):
             )
         self.automatic_optimization = automatic
         self._accumulate, self._clip, self._interval, self._monitor = accumulate, clip, interval, monitor
-        self._held = contextlib.ExitStack()
-        self._waiting = 0
+        self._micro_batches = MicroBatches()
 
     @abc.abstractmethod
     def task_losses(self, batch: Any, batch_idx: int) -> Losses:
@@ -119,26 +117,11 @@ class MultiTaskModule(LightningModule, abc.ABC):
             total = opt.combine(losses)
             self._log_step(opt)
             return total
-        self._backward(opt, losses, last=self.trainer.is_last_batch)
-        return None
-
-    def _backward(self, opt: MTLOptimizer, losses: Losses, *, last: bool) -> None:
-        if self._accumulate > 1:
-            if not self._waiting:
-                self._held.enter_context(opt.accumulate())
-            losses = _divided(losses, self._accumulate)
-        try:
-            opt.backward(losses, scaler=self._scaler())
-        except BaseException:
-            self._waiting = 0
-            with contextlib.suppress(RuntimeError):
-                self._held.close()
-            raise
-        self._waiting += 1
-        if self._waiting == self._accumulate or last:
-            self._held.close()
-            self._waiting = 0
+        last = self._micro_batches.waiting + 1 == self._accumulate or self.trainer.is_last_batch
+        self._micro_batches.backward(opt, losses, of=self._accumulate, last=last, scaler=self._scaler())
+        if last:
             self._step(opt)
+        return None
 
     def _step(self, opt: MTLOptimizer) -> None:
         scaler = self._scaler()
@@ -153,13 +136,7 @@ class MultiTaskModule(LightningModule, abc.ABC):
         self._step_schedulers("step", self.trainer.global_step)
 
     def _log_step(self, opt: MTLOptimizer) -> None:
-        info = opt.info
-        if info is None:
-            return
-        self.log_dict({f"train/loss/{task}": loss for task, loss in zip(info.tasks, info.losses.float(), strict=True)})
-        if info.weights is not None:
-            weights = info.weights.mean(dim=0).float()
-            self.log_dict({f"train/weight/{task}": w for task, w in zip(info.tasks, weights, strict=True)})
+        self.log_dict({f"train/{name}": value.float() for name, value in step_log(opt.info).items()})
 
     def on_train_epoch_end(self) -> None:
         """Tells the method and the schedulers that an epoch is over; an override must call it."""
@@ -184,11 +161,3 @@ class MultiTaskModule(LightningModule, abc.ABC):
 
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)
-
-
-def _divided(losses: Losses, n: int) -> Losses:
-    if isinstance(losses, Tensor):
-        return losses / n
-    if isinstance(losses, Mapping):
-        return {name: None if loss is None else loss / n for name, loss in losses.items()}
-    return [None if loss is None else loss / n for loss in losses]

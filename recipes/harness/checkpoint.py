@@ -82,7 +82,6 @@ def load_together(model: nn.Module, optimizer: Optimizer, folder: Path, part: Pa
     Raises:
         RecipeError: it is not a checkpoint, is damaged, or is another model's.
     """
-    folder = folder if folder.exists() else folder.with_name(folder.name + ".old")
     try:
         there = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         weights, state = get_state_dict(model, optimizer)

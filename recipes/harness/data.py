@@ -75,10 +75,10 @@ def check_parts(benchmark: Benchmark, part: Part) -> None:
     """Raises RecipeError where a batch has too few samples to give each process one."""
     n, b = size(benchmark.train), benchmark.batch_size
     smallest = b if benchmark.drop_last or n % b == 0 else n % b
-    if min(b, smallest) < part.size:
+    if smallest < part.size:
         raise RecipeError(
-            f"{part.size} processes share each batch, and there is one of {min(b, smallest)} samples ({n} in batches "
-            f"of {b}): choose another batch size, or fewer processes."
+            f"{part.size} processes share each batch, and there is one of {smallest} samples ({n} in batches of {b}): "
+            "choose another batch size, or fewer processes."
         )
 
 

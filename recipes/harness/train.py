@@ -279,16 +279,10 @@ def _settings(benchmark: Benchmark, surgery: Surgery, seed: int) -> dict[str, An
     return chosen | {"benchmark": benchmark.name, "tasks": list(benchmark.tasks)} | dict(benchmark.settings)
 
 
-def _state(run: Run, parts: _Parts, settings: dict[str, Any]) -> dict[str, Any]:
+def _record(run: Run, parts: _Parts, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is plain in a run's state, and the same in all processes."""
     progress = {key: value for key, value in vars(run).items() if key not in ("name", "folder")}
-    return {
-        "settings": settings,
-        "model": parts.model.state_dict(),
-        "optimizer": parts.optimizer.state_dict(),
-        "scheduler": parts.scheduler and parts.scheduler.state_dict(),
-        "random": checkpoint.random_state(),
-        "run": progress,
-    }
+    return {"settings": settings, "scheduler": parts.scheduler and parts.scheduler.state_dict(), "run": progress}
 
 
 def _checkpoint_in(folder: Path) -> Path | None:
@@ -298,14 +292,14 @@ def _checkpoint_in(folder: Path) -> Path | None:
 
 
 def _save(run: Run, parts: _Parts, settings: dict[str, Any], folder: Path) -> None:
-    state = _state(run, parts, settings)
+    record = _record(run, parts, settings)
     together, single = folder / "checkpoint", folder / "checkpoint.pt"
     if parts.part.size == 1:
-        checkpoint.save(state, single)
+        tensors = {"model": parts.model.state_dict(), "optimizer": parts.optimizer.state_dict()}
+        checkpoint.save({**record, **tensors, "random": checkpoint.random_state()}, single)
         # A run that several processes began.
         shutil.rmtree(together, ignore_errors=True)
         return
-    record = {key: state[key] for key in ("settings", "scheduler", "run")}
     checkpoint.save_together(parts.model, parts.optimizer, record, together, parts.part)
     if parts.part.first:
         single.unlink(missing_ok=True)
@@ -314,7 +308,7 @@ def _save(run: Run, parts: _Parts, settings: dict[str, Any], folder: Path) -> No
 def _restore(run: Run, parts: _Parts, settings: dict[str, Any], path: Path, benchmark: Benchmark) -> None:
     together = path.suffix != ".pt"
     if together:
-        state = checkpoint.load_together(parts.model, parts.optimizer, path.with_name("checkpoint"), parts.part)
+        state = checkpoint.load_together(parts.model, parts.optimizer, path, parts.part)
     else:
         state = checkpoint.load(path)
     saved = state["settings"]
