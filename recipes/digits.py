@@ -13,7 +13,7 @@ https://arxiv.org/abs/1810.04650). No image is in both training and test pairs. 
 runs of the same network from the same seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim import Adam
@@ -33,6 +34,7 @@ from gradsurgery.architectures import HPS
 from gradsurgery.recipes.harness.benchmark import Benchmark, Metric, Predictor, Sample, Task
 from gradsurgery.recipes.harness.compare import Options, command, compare
 from gradsurgery.recipes.harness.pictures import new_figure
+from gradsurgery.recipes.harness.report import open_console, write_csv
 
 TASKS = ("left", "right")
 SIDE, SHIFT = 8, 2
@@ -137,6 +139,17 @@ def save_pictures(data: Pairs, predict: Predictor, path: Path, title: str) -> No
         ax.set_title(text, fontsize=9, color="black" if guess == truth else "#d62728")
     figure.suptitle(f"{title}: predicted {' and '.join(guesses)} digit", fontsize=11)
     figure.savefig(path, dpi=120)
+
+
+def report_accuracies(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """`results.csv`, a row a method, and the same as a table; ``accuracy/<task>`` is in percent."""
+    write_csv(rows, out / "results.csv")
+    table = Table("", *(f"{task}, %" for task in TASKS), "mean, %", title="test accuracy")
+    for row in rows:
+        values = [row[f"accuracy/{task}"] for task in TASKS]
+        table.add_row(row["method"], *(f"{value:.2f}" for value in (*values, float(np.mean(values)))))
+    open_console().print(table)
+    print(f"Results, pictures and checkpoints are in {out}/")
 
 
 def make_benchmark(args: Args) -> Benchmark:

@@ -17,19 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import EvalPrediction, TrainingArguments, ViTConfig, ViTModel, set_seed
 
 from gradsurgery.integrations.huggingface import MultiTaskTrainer
-from gradsurgery.recipes.digits import CANVAS, TASKS, Pairs, load_pairs, save_pictures
+from gradsurgery.recipes.digits import CANVAS, TASKS, Pairs, load_pairs, report_accuracies, save_pictures
 from gradsurgery.recipes.harness.benchmark import RecipeError, Sample
 from gradsurgery.recipes.harness.compare import command, free_folder
-from gradsurgery.recipes.harness.report import open_console, write_csv
 
 
 @dataclass(frozen=True)
@@ -160,13 +157,7 @@ def run(args: Args) -> list[dict[str, Any]]:
         model.eval()
         title = f"{method}, Trainer on {len(train)} pairs"
         save_pictures(test, lambda x, m=model, d=device: m(x.to(d)), folder / "predictions.png", title)
-    write_csv(rows, out / "results.csv")
-    table = Table("", *(f"{task}, %" for task in TASKS), "mean, %", title="test accuracy")
-    for row in rows:
-        values = [row[f"accuracy/{task}"] for task in TASKS]
-        table.add_row(row["method"], *(f"{value:.2f}" for value in (*values, float(np.mean(values)))))
-    open_console().print(table)
-    print(f"Results, logs, pictures and checkpoints are in {out}/")
+    report_accuracies(rows, out)
     return rows
 
 

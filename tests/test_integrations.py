@@ -1,6 +1,7 @@
 """Trainers of other libraries: they train as the plain loop does, and their recipes run as a user types them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -310,9 +311,11 @@ def test_trainer_takes_an_optimizer_of_ones_own(tmp_path: Path) -> None:
 # The recipes, as typed
 
 
-def recipe(name: str, *words: str) -> str:
-    command = [sys.executable, "-W", "ignore", "-m", f"gradsurgery.recipes.{name}", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def recipe(name: str, *words: str, processes: int = 1) -> str:
+    start = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-W", "ignore", *start, "-m", f"gradsurgery.recipes.{name}", *words]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -348,3 +351,62 @@ def test_huggingface_runs_and_resumes(tmp_path: Path) -> None:
     recipe("huggingface", *words, "--epochs", "3", "--resume")
     rows = json.loads((folder / "log.json").read_text())
     assert [row["epoch"] for row in rows if "eval_loss" in row][:3] == [1, 2, 3]
+
+
+def table(folder: Path) -> list[str]:
+    return (folder / "results.csv").read_text().splitlines()
+
+
+ACCELERATED = ("--method", "nash_mtl", "--pairs", "1500", "300")
+
+
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("accelerate") / "out"
+    recipe("accelerate_loop", *ACCELERATED, "--epochs", "3", "--out", str(out))
+    return out
+
+
+def test_accelerate_loop_learns(accelerated: Path) -> None:
+    head, row = table(accelerated)
+    assert head == "method,accuracy/left,accuracy/right"
+    assert min(map(float, row.split(",")[1:])) > 40
+    assert (accelerated / "nash_mtl-seed0" / "predictions.png").exists()
+
+
+def test_accelerate_loop_on_two_processes_trains_as_on_one(accelerated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    recipe("accelerate_loop", *ACCELERATED, "--epochs", "3", "--out", str(out), processes=2)
+    one, two = (torch.load(folder / "nash_mtl-seed0/state/optimizer.bin") for folder in (accelerated, out))
+    # Adam's second moments, over all steps; their weights drift apart by rounding, which Adam makes the most of.
+    for mine, theirs in zip(one["state"].values(), two["state"].values(), strict=True):
+        assert (mine["exp_avg_sq"] - theirs["exp_avg_sq"]).norm() < 0.2 * mine["exp_avg_sq"].norm()
+    for mine, theirs in zip(table(accelerated)[1].split(",")[1:], table(out)[1].split(",")[1:], strict=True):
+        assert abs(float(mine) - float(theirs)) < 4
+
+
+def test_accelerate_loop_goes_on_after_an_interruption(accelerated: Path, tmp_path: Path) -> None:
+    """Killed as soon as the first epoch's state is written."""
+    out = tmp_path / "out"
+    words = [*ACCELERATED, "--epochs", "3", "--out", str(out)]
+    program = (
+        "import os, sys, accelerate\n"
+        "save = accelerate.Accelerator.save_state\n"
+        "accelerate.Accelerator.save_state = lambda *args: (save(*args), os._exit(9))\n"
+        f"sys.argv = ['x', *{words}]\n"
+        "from gradsurgery.recipes.accelerate_loop import main\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=environment)
+    assert killed.returncode == 9
+    text = recipe("accelerate_loop", *words, "--resume")
+    assert "epoch 2 of 3" in text and "epoch 1 of 3" not in text
+    assert table(out) == table(accelerated)
+
+
+def test_accelerate_loop_says_what_is_wrong() -> None:
+    for words, said in ((("--method", "cagrat"), "cagrad"), (("--lr", "0"), "above 0")):
+        command = [sys.executable, "-W", "ignore", "-m", "gradsurgery.recipes.accelerate_loop", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
