@@ -3,6 +3,8 @@
     python -m gradsurgery.recipes.accelerate_loop --method ew cagrad
     accelerate launch --cpu --num_processes 2 -m gradsurgery.recipes.accelerate_loop
 
+Test accuracy in percent after 6 epochs, n=1 (seed 0), left / right digit: `ew` 92.5 / 94.2, `cagrad` 92.0 / 94.7.
+
 Data, network and tasks are those of `gradsurgery.recipes.digits`: two handwritten digits on one canvas. What surgery
 changes in such a loop is two lines. The base optimizer is wrapped before it passes through ``accelerator.prepare``, as
 any optimizer does; and ``gradsurgery.backward(optimizer, losses)`` stands where ``accelerator.backward(loss)`` stood,
