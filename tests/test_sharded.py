@@ -1,6 +1,7 @@
 """Training under `fully_shard`, sharded and replicated, equals training in one process on the whole batch."""
 
 import tempfile
+import warnings
 from typing import Any
 
 import pytest
@@ -59,8 +60,8 @@ def case(name: str, rank: int, world: int) -> Any:
     """One rank's part of a case."""
     if name in REFUSALS:
         return REFUSALS[name][0](rank, world)
-    if name == "checkpoint":
-        return checkpoint(rank, world)
+    if name in MEASURES:
+        return MEASURES[name](rank, world)
     kind, _, name = name.partition(": ")
     torch.manual_seed(7 + rank)
     net = shard(Net(), kind, world)
@@ -163,6 +164,37 @@ def resume(rank: int, world: int, folder: str) -> list[Tensor]:
     return [torch.cat([p.full_tensor().reshape(-1) for p in n.parameters()]).detach() for n in (net, again)]  # pyright: ignore
 
 
+def stale(rank: int, world: int) -> dict[str, list[int]]:
+    """Warnings of each of three steps, by who clears gradients, and when."""
+    found = {}
+    for who in ("model", "optimizer", "optimizer, to zero", "model, before forward", "nobody, micro-batches"):
+        net = shard(Net(), "kept", world)
+        opt = optimizer(net, net, {"method": "cagrad"})
+        counts = found[who] = []
+        for n in range(3):
+            x, y = parts_of(n, world)[rank]
+            if who == "model, before forward":
+                net.zero_grad()
+            losses = losses_of(net(x), y)
+            if who == "model":
+                net.zero_grad()
+            elif who.startswith("optimizer"):
+                opt.zero_grad(set_to_none=who == "optimizer")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                opt.backward(losses)
+                if who == "nobody, micro-batches":
+                    opt.backward(losses_of(net(x), y))
+            counts.append(sum("still there" in str(one.message) for one in caught))
+            opt.step()
+            if who == "nobody, micro-batches":
+                opt.zero_grad()
+    return found
+
+
+MEASURES = {"checkpoint": checkpoint, "stale": stale}
+
+
 def names(world: int) -> list[str]:
     return [f"{kind}: {name}" for kind, names in KINDS.items() for name in names if world > 2 or kind != "hybrid"]
 
@@ -174,7 +206,7 @@ def of_four() -> list[str]:
 
 @pytest.fixture(scope="module")
 def two() -> dict[str, list[Any]]:
-    return launch(2, "test_sharded", [*names(2), *REFUSALS, "checkpoint"])
+    return launch(2, "test_sharded", [*names(2), *REFUSALS, *MEASURES])
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +233,10 @@ def test_a_distributed_checkpoint_resumes_with_tracked_rows(two: dict[str, list[
     for found in two["checkpoint"]:
         assert isinstance(found, list), found
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_gradients_that_nobody_cleared_are_told_of(two: dict[str, list[Any]]) -> None:
+    for found in two["stale"]:
+        assert isinstance(found, dict), found
+        assert found.pop("model") == [0, 1, 1]
+        assert all(counts == [0, 0, 0] for counts in found.values()), found
