@@ -225,18 +225,16 @@ class Shards:
             )
         self._groups = [self.mesh.get_group(dim) for dim, sharded in enumerate(kind) if sharded]
         self._params = list(params)
-        self._used: list[tuple[weakref.ref[Any], int]] = []
+        self._used: list[tuple[Any, weakref.ref[Any], int]] = []
 
     def stepped(self) -> None:
         """Notes which gradients a step of the optimizer has used."""
-        self._used = [(weakref.ref(p.grad), _version(p.grad)) for p in self._params if p.grad is not None]
+        self._used = [(p, weakref.ref(p.grad), _version(p.grad)) for p in self._params if p.grad is not None]
 
     def warn_of_used(self) -> None:
         """Warns of gradients that a step has used and nobody has cleared since."""
         used, self._used = self._used, []
-        here = {id(p.grad) for p in self._params if p.grad is not None}
-        kept = [g for ref, version in used if (g := ref()) is not None and _version(g) == version]
-        if any(id(g) in here for g in kept):
+        if any(p.grad is not None and p.grad is ref() and _version(p.grad) == version for p, ref, version in used):
             warnings.warn(
                 "Gradients that the last step has used are still there, and this backward adds to them. Under "
                 "fully_shard(reshard_after_forward=False), the model's zero_grad() does not reach the parameters that "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.distributed import Group, Ranks, find_ranks, several
+from gradsurgery.distributed import Group, Ranks, Shards, find_ranks, several
 from gradsurgery.engines import Auto, Batch, Engine, Measurement, Representation, Rows
 from gradsurgery.engines.layout import Layout
 from gradsurgery.engines.replicas import joined
@@ -76,6 +76,12 @@ class Surgery:
         """Where the shared parameters lie; there from the first step that needs them on."""
         return self._layouts[0]
 
+    @property
+    def _shards(self) -> Shards | None:
+        """How parameters are divided among the ranks, if the last losses came from several and they are."""
+        ranks = self._team[1]
+        return None if ranks is None else ranks.shards
+
     def backward(
         self,
         losses: Losses,
@@ -86,8 +92,8 @@ class Surgery:
         """See `MTLOptimizer.backward`."""
         engine = self.engine if representation is None else self._at(representation)
         read = self._read(losses)
-        if self._team[1] is not None and self._team[1].shards is not None:
-            self._team[1].shards.warn_of_used()
+        if self._shards is not None:
+            self._shards.warn_of_used()
         due = self._due(read)
         samples = self._read_samples(read, independent, due=due)
         grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=read.values.device))
@@ -165,8 +171,8 @@ class Surgery:
 
     def stepped(self) -> None:
         """To be called when the base optimizer has used the gradients."""
-        if self._team[1] is not None and self._team[1].shards is not None:
-            self._team[1].shards.stepped()
+        if self._shards is not None:
+            self._shards.stepped()
 
     def observe(self, losses: Losses) -> None:
         """See `MTLOptimizer.observe`."""
@@ -324,7 +330,7 @@ class Surgery:
 
     def prepare(self, losses: TaskLosses) -> None:
         """Finds the shared parameters, and lays them out anew where they have changed."""
-        if self._team[1] is None or self._team[1].shards is None:
+        if self._shards is None:
             # Where parameters are divided, the graph has others in their place.
             self.parameters.trace(losses)
         signature = tuple((id(p), p.dtype, p.device, p.shape, p.stride()) for p in self.parameters.shared)

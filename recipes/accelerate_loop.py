@@ -73,6 +73,13 @@ class Progress:
         self.epochs = state["epochs"]
 
 
+def make_accelerator(args: Args) -> Accelerator:
+    """Of one training: it saves and restores all that was registered with it."""
+    # An order of the data that an epoch has whether or not the ones before it ran in this process.
+    order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
+    return Accelerator(mixed_precision=args.precision, dataloader_config=order)
+
+
 def fit(args: Args, accelerator: Accelerator, method: str, folder: Path, train: Pairs, test: Pairs) -> dict[str, float]:
     """Trains a method, or goes on with it; returns its test accuracies in percent."""
     set_seed(args.seed)
@@ -111,8 +118,6 @@ def fit(args: Args, accelerator: Accelerator, method: str, folder: Path, train: 
     if accelerator.is_main_process:
         bare, title = accelerator.unwrap_model(model), f"{method}, Accelerate on {len(train)} pairs"
         save_pictures(test, lambda canvas: bare(canvas.to(accelerator.device)), folder / "predictions.png", title)
-    accelerator.free_memory()
-    accelerator._custom_objects.clear()
     return found
 
 
@@ -120,16 +125,14 @@ def fit(args: Args, accelerator: Accelerator, method: str, folder: Path, train: 
 def evaluate(accelerator: Accelerator, model: Callable[[Tensor], dict[str, Tensor]], loader: Any) -> dict[str, float]:
     """Accuracy of each task in percent, over all processes."""
     accelerator.unwrap_model(model).eval()  # pyright: ignore[reportArgumentType]
-    right, count = dict.fromkeys(TASKS, 0), 0
+    hits: list[Any] = []
     for x, digits in loader:
         logits = model(x)
-        hits: Any = torch.stack([logits[task].argmax(1) == digits[task] for task in TASKS], dim=1)
+        found = torch.stack([logits[task].argmax(1) == digits[task] for task in TASKS], dim=1)
         # Without what the last batch was filled up with.
-        hits = accelerator.gather_for_metrics(hits)
-        count += len(hits)
-        for task, n in zip(TASKS, hits.sum(dim=0).tolist(), strict=True):
-            right[task] += n
-    return {task: 100 * right[task] / count for task in TASKS}
+        hits.append(accelerator.gather_for_metrics(found))
+    rates = 100 * torch.cat(hits).double().mean(dim=0)
+    return dict(zip(TASKS, rates.tolist(), strict=True))
 
 
 def run(args: Args) -> list[dict[str, Any]]:
@@ -137,9 +140,7 @@ def run(args: Args) -> list[dict[str, Any]]:
     if min(*args.pairs, args.epochs, args.batch_size) < 1 or not (args.lr > 0 and args.clip > 0):
         raise RecipeError("--pairs, --epochs, --batch-size, --lr and --clip must be above 0.")
     try:
-        # An order of the data that an epoch has whether or not the ones before it ran in this process.
-        order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
-        accelerator = Accelerator(mixed_precision=args.precision, dataloader_config=order)
+        accelerator = make_accelerator(args)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     if args.batch_size % accelerator.num_processes:
@@ -152,7 +153,7 @@ def run(args: Args) -> list[dict[str, Any]]:
     (out,) = broadcast_object_list([out])
     rows = []
     for method in args.method:
-        found = fit(args, accelerator, method, out / f"{method}-seed{args.seed}", train, test)
+        found = fit(args, make_accelerator(args), method, out / f"{method}-seed{args.seed}", train, test)
         rows.append({"method": method, **{f"accuracy/{task}": value for task, value in found.items()}})
     if accelerator.is_main_process:
         report_accuracies(rows, out)

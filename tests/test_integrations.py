@@ -311,13 +311,27 @@ def test_trainer_takes_an_optimizer_of_ones_own(tmp_path: Path) -> None:
 # The recipes, as typed
 
 
+def started(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
 def recipe(name: str, *words: str, processes: int = 1) -> str:
     start = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, "-W", "ignore", *start, "-m", f"gradsurgery.recipes.{name}", *words]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = started(*start, "-m", f"gradsurgery.recipes.{name}", *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def assert_refused(name: str, *words: str, said: str) -> None:
+    done = started("-m", f"gradsurgery.recipes.{name}", *words)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def table(folder: Path) -> list[str]:
+    return (folder / "results.csv").read_text().splitlines()
 
 
 def test_joint_learning_runs_and_resumes(tmp_path: Path) -> None:
@@ -325,18 +339,16 @@ def test_joint_learning_runs_and_resumes(tmp_path: Path) -> None:
     text = recipe("joint_learning", "--method", "cagrad", "--epochs", "3", "--out", str(out))
     assert "test accuracy" in text
     assert {"accuracy.png", "results.csv", "cagrad-seed0"} <= {path.name for path in out.iterdir()}
-    rows = (out / "results.csv").read_text().splitlines()
+    rows = table(out)
     assert rows[0].startswith("method,average_accuracy,test_on_task_digit,test_on_task_sideways,test_on_task_parity")
     # Beyond chance, which is 10, 10 and 50.
     assert float(rows[1].split(",")[2]) > 40
     again = recipe("joint_learning", "--method", "cagrad", "--epochs", "3", "--out", str(out), "--resume")
-    assert (out / "results.csv").read_text().splitlines() == rows, again
+    assert table(out) == rows, again
 
 
 def test_joint_learning_says_what_is_wrong() -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "gradsurgery.recipes.joint_learning", "--method", "cagrat"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "cagrad" in done.stderr and "Traceback" not in done.stderr
+    assert_refused("joint_learning", "--method", "cagrat", said="cagrad")
 
 
 def test_huggingface_runs_and_resumes(tmp_path: Path) -> None:
@@ -351,10 +363,6 @@ def test_huggingface_runs_and_resumes(tmp_path: Path) -> None:
     recipe("huggingface", *words, "--epochs", "3", "--resume")
     rows = json.loads((folder / "log.json").read_text())
     assert [row["epoch"] for row in rows if "eval_loss" in row][:3] == [1, 2, 3]
-
-
-def table(folder: Path) -> list[str]:
-    return (folder / "results.csv").read_text().splitlines()
 
 
 ACCELERATED = ("--method", "nash_mtl", "--pairs", "1500", "300")
@@ -397,16 +405,12 @@ def test_accelerate_loop_goes_on_after_an_interruption(accelerated: Path, tmp_pa
         "from gradsurgery.recipes.accelerate_loop import main\n"
         "main()\n"
     )
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=environment)
-    assert killed.returncode == 9
+    assert started("-c", program).returncode == 9
     text = recipe("accelerate_loop", *words, "--resume")
     assert "epoch 2 of 3" in text and "epoch 1 of 3" not in text
     assert table(out) == table(accelerated)
 
 
 def test_accelerate_loop_says_what_is_wrong() -> None:
-    for words, said in ((("--method", "cagrat"), "cagrad"), (("--lr", "0"), "above 0")):
-        command = [sys.executable, "-W", "ignore", "-m", "gradsurgery.recipes.accelerate_loop", *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert_refused("accelerate_loop", "--method", "cagrat", said="cagrad")
+    assert_refused("accelerate_loop", "--lr", "0", said="above 0")

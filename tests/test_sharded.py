@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import launch
-from test_distributed import CASES, Net, assert_refused, check, losses_of, optimizer, parts_of, train
+from test_distributed import CASES, METHODS, Net, assert_refused, check, losses_of, optimizer, parts_of, train
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -40,20 +40,16 @@ KINDS = {
 
 
 def shard(net: Net, kind: str, world: int) -> Net:
-    mesh = (
-        init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-        if kind == "hybrid"
-        else init_device_mesh("cpu", (world,))
-    )
-    if kind == "replicated":
-        for part in (net.trunk, *net.heads, net):
-            replicate(part, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("replicate",)))  # pyright: ignore
-        return net
-    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": kind != "kept"}
-    if kind != "whole":
-        for part in (net.trunk, *net.heads):
-            fully_shard(part, **options)
-    return fully_shard(net, **options)  # pyright: ignore[reportReturnType]
+    parts: list[Any] = [net] if kind == "whole" else [net.trunk, *net.heads, net]
+    shape = (2, world // 2) if kind == "hybrid" else (world,)
+    dims = {"hybrid": ("replicate", "shard"), "replicated": ("replicate",)}.get(kind)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=dims)
+    for part in parts:
+        if kind == "replicated":
+            replicate(part, mesh=mesh)
+        else:
+            fully_shard(part, mesh=mesh, reshard_after_forward=kind != "kept")
+    return net
 
 
 def case(name: str, rank: int, world: int) -> Any:
@@ -201,7 +197,9 @@ def names(world: int) -> list[str]:
 
 def of_four() -> list[str]:
     """Those that are also taken on four ranks, which take long on two cores."""
-    return [name for name in names(4) if name.startswith("hybrid") or name.partition(": ")[2] in (*NAMES[:9], "scaler")]
+    return [
+        name for name in names(4) if name.startswith("hybrid") or name.partition(": ")[2] in (*METHODS, "ew", "scaler")
+    ]
 
 
 @pytest.fixture(scope="module")
