@@ -17,6 +17,8 @@ from gradsurgery.kernels.accelerator import flat_combine, flat_gramian, has_kern
 CHUNK = 16384
 # Columns of half-precision rows that are widened at a time.
 STRIP = 1 << 22
+# Columns of a direction that stay in cache while rows are added to it.
+CACHED = 1 << 17
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -92,8 +94,7 @@ def combine_block(weight: Tensor, rows: Tensor, out: Tensor | None = None) -> Te
     weight = weight.to(rows.dtype)
     if rows.device.type != "cpu":
         return weight @ rows
-    # A BLAS's product of a short vector and a long matrix stays under half of the memory's speed.
-    direction = rows[0] * weight[0] if out is None else torch.mul(rows[0], weight[0], out=out)
-    for w, row in zip(weight[1:], rows[1:], strict=True):
-        direction.addcmul_(row, w)
+    direction = rows.new_empty(rows.shape[1]) if out is None else out
+    for part, strip in zip(direction.split(CACHED), rows.split(CACHED, dim=1), strict=True):
+        torch.mv(strip.mT, weight, out=part)
     return direction
