@@ -486,7 +486,7 @@ hub(
     lambda: Wired(lambda m, x: m.a(x).cumsum(1).sort(1).values.logsumexp(2), a=nn.Linear(4, 3)),
     normal(5, 4),
 )
-hub("task scales far apart", lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh()), normal(4), scales=(1e5, 1.0, 1e-5))
+hub("task scales far apart", lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh()), normal(4), scales=(1.0, 1e-5, 1e-10))
 hub("one task", lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh()), normal(4), scales=(1.0,))
 hub(
     "seven tasks",

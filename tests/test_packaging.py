@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("gradsurgery", "architectures", "recipes", "pyproject.toml", "README.md", "LICENSE")
 PROBE = (
-    "import gradsurgery, gradsurgery.architectures.hps as a, gradsurgery.recipes.nyuv2 as r; "
+    "import sys, gradsurgery, gradsurgery.architectures.hps as a, gradsurgery.recipes.nyuv2 as r; "
     "import gradsurgery.recipes.harness; assert a.__name__ == 'gradsurgery.architectures.hps'; "
-    "print(gradsurgery.__file__, r.__file__)"
+    "print(gradsurgery.__file__, r.__file__); sys.argv[1:] = ['--help']; r.main()"
 )
 
 
@@ -62,8 +62,7 @@ def environment(folder: Path) -> Path:
 
 
 def probe(python: Path | str, cwd: Path) -> str:
-    run(python, "-W", "error", "-m", "gradsurgery.recipes.nyuv2", "--help", cwd=cwd)
-    return run(python, "-W", "error", "-c", PROBE, cwd=cwd)
+    return run(python, "-W", "error", "-c", PROBE, cwd=cwd).splitlines()[0]
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable", "editable strict"])
@@ -85,6 +84,7 @@ def test_installed(kind: str, checkout: Path, distributions: dict[str, Path], tm
 def test_a_bare_checkout_runs_from_its_root(checkout: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "env")
     assert str(checkout) in probe(python, checkout)
+    run(python, "-W", "error", "-m", "gradsurgery.recipes.nyuv2", "--help", cwd=checkout)
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(distributions: dict[str, Path]) -> None:

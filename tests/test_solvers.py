@@ -257,7 +257,8 @@ def test_cagrad_is_exact_where_multipliers_are_large(c: float) -> None:
     for eps, seed in itertools.product((1e-3, 1e-4, 1e-5, 1e-6), range(4)):
         J = nearly_opposite(4, eps, seed)
         _, residual = cagrad_multipliers(J @ J.T, torch.full((4,), 0.25, dtype=torch.float64), c)
-        assert residual <= 1e-8
+        # Multipliers of size 1 / eps, times the rounding of the Gramian.
+        assert residual <= max(1e-9, 200 * np.finfo(float).eps / eps)
 
 
 def test_one_rounding_of_the_weights_is_what_cagrad_has_left() -> None:

@@ -92,9 +92,8 @@ def combine_block(weight: Tensor, rows: Tensor, out: Tensor | None = None) -> Te
         # Rounding the weights to half precision would turn a direction that conflicts with no task into one that does.
         return torch.cat([(weight.float() @ strip.float()).to(rows.dtype) for strip in rows.split(STRIP, dim=1)])
     weight = weight.to(rows.dtype)
-    if rows.device.type != "cpu":
+    if rows.device.type != "cpu" or out is None:
         return weight @ rows
-    direction = rows.new_empty(rows.shape[1]) if out is None else out
-    for part, strip in zip(direction.split(CACHED), rows.split(CACHED, dim=1), strict=True):
+    for part, strip in zip(out.split(CACHED), rows.split(CACHED, dim=1), strict=True):
         torch.mv(strip.mT, weight, out=part)
-    return direction
+    return out
