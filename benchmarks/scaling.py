@@ -11,9 +11,9 @@ tables and in ``docs/scaling.png``.
     a collective = rounds x latency + bytes on the wire / bandwidth, bytes by a ring: (W - 1) / W of what is given for a
                    reduce-scatter or all-gather, twice that for an all-reduce
     surgery      = T rows written once, 1 / W of them read twice and a direction written, at the memory's rate
-    exposed      = what a backward does not hide: of DDP's all-reduce, what is left after one backward, and the last
-                   bucket at least; of rows, each hides behind the next task's backward and the last behind nothing;
-                   under fully_shard, what is left after all passes, and a layer's share at least
+    exposed      = what backwards do not hide: of DDP's all-reduce and of the last row, what is left after one backward,
+                   and the last bucket at least; of other rows, what is left after the next task's; under fully_shard,
+                   what is left after all passes, and a layer's share at least
 """
 
 import argparse
@@ -117,8 +117,8 @@ def forecast(
     cost = {kind: collective(kind, d, W, rates)[1] for kind in ("scatter", "gather", "sum")}
     hidden = backward if rates.hides else 0.0
     last = min(1.0, BUCKET / (d * rates.element))
-    averaged = max(cost["sum"] - hidden, cost["sum"] * last if rates.hides else 0.0)
-    rows = (T - 1) * max(cost["scatter"] - hidden, 0.0) + cost["scatter"]
+    averaged, scattered = (max(cost[kind] - hidden, cost[kind] * last) for kind in ("sum", "scatter"))
+    rows = (T - 1) * max(cost["scatter"] - hidden, 0.0) + scattered
     write = 2 * T * d * rates.element / rates.memory
     solve = (2 * T + 1) * d / W * rates.element / rates.memory
     match road:
@@ -127,7 +127,7 @@ def forecast(
         case "sequential":
             return forward + T * backward + write + solve + rows + cost["gather"], T * wire["scatter"] + wire["gather"]
         case "rows all-reduced":
-            summed = (T - 1) * max(cost["sum"] - hidden, 0.0) + cost["sum"]
+            summed = (T - 1) * max(cost["sum"] - hidden, 0.0) + averaged
             return forward + T * backward + write + solve * W + summed, T * wire["sum"]
         case "combine":
             measured = forward + T * backward + write + solve + rows
@@ -342,7 +342,7 @@ def assumptions() -> list[str]:
         f"a forward of 2 d operations a token and a backward of twice that, {TOKENS} tokens a rank, in bf16",
         "every parameter is shared, and heads cost nothing (for `representation` they are all that is passed T times)",
         "one backward hides one collective as long as it is, and no rank waits for a slower one",
-        f"buckets of {BUCKET / 1e6:.0f} MB under DDP, {LAYERS} layers under fully_shard",
+        f"buckets of {BUCKET / 1e6:.0f} MB of gradients and of rows, {LAYERS} layers under fully_shard",
         "a replica with its rows and Adam's state has 70 GB; where it does not fit, nothing is said",
     ]
 

@@ -135,15 +135,13 @@ class Ranks:
         dist.all_reduce(values, group=self.group)
         return values
 
-    def scatter(self, row: Tensor, own: Tensor) -> Any:
-        """Begins to sum a row (n,) over ranks, of which each gets its own n / W elements; returns what to wait for."""
-        return _REDUCE_SCATTER(own, row, group=self.group, async_op=True)
+    def scatter(self, values: Tensor, own: Tensor) -> Any:
+        """Begins to sum values (n,) over ranks, of which each gets its own n / W; returns what to wait for."""
+        return _REDUCE_SCATTER(own, values, group=self.group, async_op=True)
 
-    def gather(self, own: Tensor) -> Tensor:
-        """Every rank's elements (n / W,), side by side: (n,)."""
-        whole = own.new_empty(len(own) * self.size)
-        _ALL_GATHER(whole, own, group=self.group)
-        return whole
+    def gather(self, own: Tensor, whole: Tensor) -> Any:
+        """Begins to lay every rank's own values (n / W,) side by side (n,); returns what to wait for."""
+        return _ALL_GATHER(whole, own, group=self.group, async_op=True)
 
     def anywhere(self, flags: Sequence[bool]) -> list[bool]:
         """Of each flag, whether any rank has it."""

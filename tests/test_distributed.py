@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradsurgery import MTLOptimizer, compile_backward
 from gradsurgery.distributed import is_sharded
-from gradsurgery.engines import Representation
+from gradsurgery.engines import Representation, layout
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -101,6 +102,13 @@ CASES |= {
     "combine, nothing here": {"method": "cagrad", "step": "nothing", "call": "combine"},
     "bucket views": {"method": "cagrad", "wrap": "views"},
     "bucket views, losses": {"method": "uw", "wrap": "views"},
+    "hooked": {"method": "cagrad", "step": "hooked"},
+    "buckets": {"method": "cagrad", "wrap": "buckets"},
+    "buckets, blocks": {"method": "upgrad", "wrap": "buckets", "blocks": "tensor"},
+    "buckets, two blocks": {"method": "cagrad", "wrap": "buckets", "blocks": "halves"},
+    "buckets, absent": {"method": "nash_mtl", "wrap": "buckets", "step": "absent"},
+    "buckets, nothing here": {"method": "cagrad", "wrap": "buckets", "step": "nothing"},
+    "buckets, batched": {"method": "cagrad", "wrap": "buckets", "engine": "batched"},
     "composable": {"method": "cagrad", "wrap": "composable"},
     "composable, losses": {"method": "uw", "wrap": "composable"},
 }
@@ -108,7 +116,7 @@ CASES |= {
 METHODS = ["cagrad", "pcgrad", "nash_mtl", "upgrad", "famo", "uw", "moco", "graddrop"]
 OF_FOUR = [
     *(*METHODS, "two blocks", "representation", "accumulate", "absent", "nothing here", "no wrapper"),
-    *("no_sync, losses", "combine"),
+    *("no_sync, losses", "combine", "buckets, two blocks", "buckets, absent"),
 ]
 # Tasks of each rank in its n-th step, where some are absent.
 ABSENT: dict[str, Callable[[int, int], tuple[int, ...]]] = {
@@ -139,6 +147,8 @@ def train(name: str, model: nn.Module, net: Net, opt: MTLOptimizer, world: int, 
     """Some ranks' steps: one of them in a process of its own, or all of them in one."""
     kind = CASES[name].get("step", "plain")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if kind == "scaler" else None
+    if kind == "hooked":
+        net.trunk[0].weight.register_hook(lambda g: 2 * g)
 
     def together(losses: list[list[Tensor | None]]) -> list[Tensor | None]:
         """Of each task, the mean over the ranks that have it."""
@@ -196,6 +206,11 @@ def wrap(net: Net, kind: str) -> tuple[nn.Module, dict[str, Any]]:
     return DistributedDataParallel(net, **options), {}
 
 
+def small_buckets() -> Any:
+    """The trunk's row falls into more than one."""
+    return mock.patch.object(layout, "BUCKET_BYTES", 256)
+
+
 def case(name: str, rank: int, world: int) -> Any:
     """One rank's part of a case."""
     if name in REFUSALS:
@@ -204,8 +219,10 @@ def case(name: str, rank: int, world: int) -> Any:
         return MEASURES[name](rank, world)
     torch.manual_seed(7 + rank)
     net = Net()
-    model, more = wrap(net, CASES[name].get("wrap", "ddp"))
-    return train(name, model, net, optimizer(model, net, CASES[name], **more), world, [rank])
+    kind = CASES[name].get("wrap", "ddp")
+    model, more = wrap(net, kind)
+    with small_buckets() if kind == "buckets" else contextlib.nullcontext():
+        return train(name, model, net, optimizer(model, net, CASES[name], **more), world, [rank])
 
 
 def alone(name: str, world: int) -> Tensor:
@@ -327,6 +344,33 @@ def traffic(rank: int, world: int) -> Any:
     return found, sum(p.numel() for p in net.trunk.parameters()), opt._surgery.layout.width
 
 
+def overlap(rank: int, world: int) -> Any:
+    """The order of a step's passes and of the buckets that are sent, by their first columns."""
+    net = Net()
+    model = DistributedDataParallel(net)
+    with small_buckets():
+        opt = plain_step(model, net, rank, world, engine="sequential")
+        x, y = parts_of(1, world)[rank]
+        losses, told = losses_of(model(x), y), []
+        ranks, differentiate = opt._surgery.ranks(), torch.autograd.grad
+        scatter = ranks.scatter
+
+        def sent(values: Tensor, own: Tensor) -> Any:
+            told.append(values.storage_offset() % opt._surgery.layout.width)
+            return scatter(values, own)
+
+        def differentiated(*args: Any, **kwargs: Any) -> Any:
+            told.append("pass")
+            found = differentiate(*args, **kwargs)
+            told.append("passed")
+            return found
+
+        ranks.scatter = sent
+        with mock.patch.object(torch.autograd, "grad", differentiated):
+            opt.backward(losses)
+    return told
+
+
 def native(rank: int, world: int) -> Any:
     """Buckets that the wrapper averaged in steps of different kinds."""
     counts = {}
@@ -359,6 +403,7 @@ def alone_in_its_group(rank: int, world: int) -> Any:
 
 MEASURES: dict[str, Callable[[int, int], Any]] = {
     "traffic": traffic,
+    "overlap": overlap,
     "native": native,
     "alone in its group": alone_in_its_group,
 }
@@ -408,6 +453,12 @@ def test_rows_cost_half_of_what_sums_of_them_would(two: dict[str, list[Any]]) ->
         assert width - d < 32 * 2 * 7
         # Of rows, T are scattered; of the direction, each of two ranks gives its half; sums are of T x T numbers.
         assert found == {"scatter": 3 * width, "gather": width // 2, "sum": 9}
+
+
+def test_buckets_leave_while_a_pass_is_on_its_way(two: dict[str, list[Any]]) -> None:
+    """The last layer's columns first, as its gradients come."""
+    for told in two["overlap"]:
+        assert told == ["pass", 128, 64, 0, "passed"] * 3
 
 
 def test_an_ordinary_backward_is_left_to_the_wrapper(two: dict[str, list[Any]]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from gradsurgery.distributed import Ranks, Shards, local
+from gradsurgery.distributed import BUCKET_BYTES, Ranks, Shards, local
+from gradsurgery.engines.buckets import Buckets
 
 # Elements. Every parameter starts on a boundary that vectorised kernels like; the gaps stay zero.
 ALIGNMENT = 32
@@ -43,6 +43,7 @@ class Layout:
         bounds: B + 1 ends of the blocks, in elements.
         origins: P + 1, where each parameter starts in a row of whole ones, and its end.
         width: of a row, d or more: it falls into as many equal parts as there are ranks.
+        buckets: of a row, which travel between ranks; None where none do.
         ranks: that average gradients; None in a single process.
         dtype: of a row: the widest among the parameters.
         device: of all of them.
@@ -70,6 +71,7 @@ class Layout:
         self.origins.append(whole)
         unit = ALIGNMENT * (1 if ranks is None or self.shards is not None else ranks.size)
         self.width = -(-offset // unit) * unit
+        self.buckets = None if ranks is None or self.shards is not None else self._buckets(ranks, unit)
         self.pieces = self._cut(blocks)
         self._rows: Tensor | None = None
         self._row_views: list[list[Tensor]] = []
@@ -88,6 +90,11 @@ class Layout:
                 pieces.append(Piece(b, ends[first], ends[last], first, last))
                 first = last
         return pieces
+
+    def _buckets(self, ranks: Ranks, unit: int) -> Buckets:
+        spans = [(offset, offset + shape.numel()) for shape, _, offset in self._places]
+        size = BUCKET_BYTES // self.dtype.itemsize
+        return Buckets(self.width, size, unit, rank=ranks.rank, ranks=ranks.size, spans=spans)
 
     @property
     def shards(self) -> Shards | None:
@@ -113,14 +120,6 @@ class Layout:
                 for shape, stride, offset in self._places
             ]
         return self._rows
-
-    def owned(self) -> tuple[slice, list[int]]:
-        """The blocks that this rank's columns belong to, and their ends in these columns, the first of which is 0."""
-        assert self.ranks is not None
-        n = self.width // self.ranks.size
-        ends = [min(max(bound - self.ranks.rank * n, 0), n) for bound in self.bounds]
-        mine = [b for b, (start, stop) in enumerate(pairwise(ends)) if stop > start]
-        return (slice(mine[0], mine[-1] + 1), ends[mine[0] : mine[-1] + 2]) if mine else (slice(0, 0), [0])
 
     def row_views(self, T: int) -> list[list[Tensor]]:
         """The T x P pieces of `rows`, made once."""

@@ -1,13 +1,17 @@
 """Rows of several ranks' batches: summed, and each rank's to keep some columns of them.
 
-T rows of d elements cost each of W ranks ``(T + 1) d (W - 1) / W`` elements of traffic (a reduce-scatter a row and one
-all-gather of the direction), where rows that are all-reduced cost ``2 T d (W - 1) / W``; the inner products, T^2
-numbers, are summed beside. A row is on its way while the next task is passed backward.
+T rows of d elements cost each of W ranks ``(T + 1) d (W - 1) / W`` elements of traffic (a reduce-scatter of each row
+and one all-gather of the direction), where rows that are all-reduced cost ``2 T d (W - 1) / W``; the inner products,
+T^2 numbers, are summed beside. Rows travel in buckets of columns, last columns first: a bucket leaves as soon as its
+last gradient is there, while the rest of that pass and the next task's are on their way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,23 +32,63 @@ class ReplicaRows(Measurement):
     """
 
     def __init__(self, rows: Rows, batch: Batch):
+        ranks, buckets, layout = batch.ranks, batch.layout.buckets, batch.layout
+        assert ranks is not None and buckets is not None
         self.engine = rows.engine
-        self._rows, self._layout, self._T = rows, batch.layout, len(batch.losses.tasks)
-        assert batch.ranks is not None
-        self._ranks = batch.ranks
-        n = batch.layout.width // batch.ranks.size
-        self._own = torch.empty(self._T, n, dtype=batch.layout.dtype, device=batch.layout.device)
-        self._sent = 0
+        self._rows, self._layout, self._ranks, self._buckets = rows, layout, ranks, buckets
+        self._T = len(batch.losses.tasks)
+        self._own = torch.empty(self._T, layout.width // ranks.size, dtype=layout.dtype, device=layout.device)
+        # On every rank the same, whichever bucket is full first.
+        self._unsent = deque((task, k) for task in range(self._T) for k in reversed(range(len(buckets.runs))))
         self._pending: list[Any] = []
 
-    def send(self, through: int) -> None:
-        """Sends the rows up to that of a task, which are complete. In their order, as every rank does."""
-        for task in range(self._sent, through + 1):
-            self._pending.append(self._ranks.scatter(self._rows.row(task), self._own[task]))
-        self._sent = max(self._sent, through + 1)
+    @contextmanager
+    def arriving(self, task: int, own: Sequence[Tensor]) -> Iterator[None]:
+        """Puts the gradients of a pass that is taken meanwhile into the task's row, and sends what is complete.
+
+        Args:
+            task: whose pass it is.
+            own: other parameters, whose gradients are kept.
+        """
+        self._send_through(task - 1)
+        params, touched = self._layout.params, self._buckets.touched
+        waiting, missing = set(range(len(params))), list(self._buckets.members)
+
+        def put(n: int, gradient: Tensor | None) -> None:
+            self._rows.put_one(task, n, gradient)
+            waiting.remove(n)
+            for k in touched[n]:
+                missing[k] -= 1
+            while self._unsent and self._unsent[0][0] == task and not missing[self._unsent[0][1]]:
+                self._send()
+
+        handles = [p.register_hook(partial(put, n)) for n, p in enumerate(params)]
+        handles += [p.register_hook(partial(self._keep, task, p)) for p in own]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for n in sorted(waiting):
+            put(n, None)
+        self._rows.filled(task)
+
+    def _keep(self, task: int, p: Tensor, gradient: Tensor) -> None:
+        self._rows.put_own(task, [(p, gradient.clone())])
+
+    def _send_through(self, task: int) -> None:
+        """Sends what is left of the rows up to that of a task, to which nothing more will come."""
+        while self._unsent and self._unsent[0][0] <= task:
+            self._rows.row(self._unsent[0][0])
+            self._send()
+
+    def _send(self) -> None:
+        task, k = self._unsent.popleft()
+        given = self._rows.part(task, self._buckets.runs[k])
+        self._pending.append(self._ranks.scatter(given, self._own[task, self._buckets.own[k]]))
 
     def _arrived(self) -> Tensor:
-        self.send(self._T - 1)
+        self._send_through(self._T - 1)
         for handle in self._pending:
             handle.wait()
         self._pending = []
@@ -59,7 +103,7 @@ class ReplicaRows(Measurement):
         return self._inner_products(other._arrived())
 
     def _inner_products(self, others: Tensor | None) -> Tensor:
-        own, (blocks, bounds) = self._arrived(), self._layout.owned()
+        own, (blocks, bounds) = self._arrived(), self._buckets.owned(self._layout.bounds)
         total = torch.zeros(self._layout.blocks, self._T, self._T, dtype=torch.float64, device=own.device)
         if len(bounds) > 1:
             total[blocks] = kernels.gramian(own, bounds, others)
@@ -67,12 +111,16 @@ class ReplicaRows(Measurement):
 
     def write(self, weights: Tensor, head_weights: Tensor | None, of: RowMap | None = None) -> None:
         assert of is None
-        own, (blocks, bounds) = self._arrived(), self._layout.owned()
+        own, (blocks, bounds) = self._arrived(), self._buckets.owned(self._layout.bounds)
         direction = own.new_zeros(own.shape[1])
         if len(bounds) > 1:
             mine = weights if len(weights) == 1 else weights[blocks]
             direction[: bounds[-1]] = kernels.combine(mine, own[:, : bounds[-1]], bounds)
-        self._rows.write_direction(self._ranks.gather(direction), head_weights)
+        whole = own.new_empty(self._layout.width)
+        runs = zip(self._buckets.own, self._buckets.runs, strict=True)
+        for handle in [self._ranks.gather(direction[mine], whole[run]) for mine, run in runs]:
+            handle.wait()
+        self._rows.write_direction(whole, head_weights)
 
     def write_columns(self, columns: Callable[[Tensor], Tensor]) -> None:
         raise NotImplementedError  # Whoever wants columns has whole rows summed, see `joined`.

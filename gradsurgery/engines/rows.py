@@ -50,6 +50,19 @@ class Rows(Measurement):
         if ours:
             self._spare = shared
 
+    def put_one(self, task: int, n: int, gradient: Tensor | None) -> None:
+        """Adds a task's gradient of the layout's n-th parameter alone; the others must follow."""
+        self._reached[n] |= gradient is not None
+        (_add if self._filled[task] else _copy)([self._views[task][n]], [gradient])
+
+    def filled(self, task: int) -> None:
+        """To be called when `put_one` has had all of a task's gradients."""
+        self._filled[task] = True
+
+    def part(self, task: int, columns: slice) -> Tensor:
+        """Columns of a task, as they stand."""
+        return self._rows[task, columns]
+
     def put_all(self, shared: Gradients) -> None:
         """Adds all tasks' gradients, (T, *shape) of each of the layout's parameters."""
         self._reached = [seen or g is not None for seen, g in zip(self._reached, shared, strict=True)]

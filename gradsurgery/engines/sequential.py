@@ -27,19 +27,18 @@ class Sequential(Engine):
         split = len(layout.params)
         present = losses.here
         for task in present:
+            retain = batch.retain or task != present[-1]
+            if replicas is not None:
+                with replicas.arriving(task, batch.task_specific):
+                    batch.gradients(task, inputs, retain=retain)
+                continue
             # Hooks of a wrapper must see no pass but its own.
             last = task == present[-1] and batch.ranks is None
-            gradients = (
-                _ours(batch, task, inputs)
-                if last
-                else batch.gradients(task, inputs, retain=batch.retain or task != present[-1])
-            )
+            gradients = _ours(batch, task, inputs) if last else batch.gradients(task, inputs, retain=retain)
             own = zip(batch.task_specific, gradients[split:], strict=True)
             rows.put(task, gradients[:split], own, ours=last)
             # Freed before the next pass, which then finds its memory: one set of gradients at a time, still in cache.
             del gradients, own
-            if replicas is not None:
-                replicas.send(task)
         return rows if replicas is None else replicas
 
 
