@@ -25,9 +25,7 @@ class Buckets:
         spans: of each parameter, its first column and the one after its last.
     """
 
-    def __init__(
-        self, width: int, size: int, unit: int, *, rank: int, ranks: int, spans: Sequence[tuple[int, int]]
-    ):
+    def __init__(self, width: int, size: int, unit: int, *, rank: int, ranks: int, spans: Sequence[tuple[int, int]]):
         self._rank, self._size = rank, max(size // unit, 1) * unit
         ends = [*range(0, width, self._size), width]
         self.runs = [slice(start, stop) for start, stop in pairwise(ends)]
