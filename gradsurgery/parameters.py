@@ -94,6 +94,25 @@ class Parameters:
         """Those of the base optimizer."""
         return base_parameters(self._base)
 
+    def refuse_hooks(self) -> None:
+        """Raises ValueError where a hook waits for an ordinary backward, which none of ours is."""
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in (*self.shared, *self.task_specific())):
+            raise ValueError(
+                "A parameter has a post-accumulate-grad hook (optimizer-in-backward, perhaps), which fires in an "
+                "ordinary backward only: under surgery it would run on the wrong gradient, or never. Remove it, and "
+                "step after opt.backward(losses); or take the ordinary backward of opt.combine(losses)."
+            )
+
+    def refuse_replaced(self) -> None:
+        """Raises RuntimeError where the base optimizer holds others in the place of the shared parameters."""
+        owned = {id(p) for p in base_parameters(self._base)}
+        if any(id(p) not in owned for p in self._named or ()):
+            raise RuntimeError(
+                "The base optimizer no longer holds the shared parameters: something has put others in their place, as "
+                "DeepSpeed's ZeRO does with the optimizer that it is given. Give that an optimizer of its own, and "
+                "MTLOptimizer another over model.parameters(), which only combines the losses."
+            )
+
     def refuse_search(self) -> None:
         """Raises ValueError where shared parameters are to be found in a graph that has others in their place."""
         if self._named is None:
@@ -159,12 +178,6 @@ class Parameters:
             ValueError: all of them are frozen.
         """
         active = [p for p in self._all_shared() if p.requires_grad]
-        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in (*active, *self.task_specific())):
-            raise ValueError(
-                "A parameter has a post-accumulate-grad hook (optimizer-in-backward, perhaps), which fires in an "
-                "ordinary backward only: under surgery it would run on the wrong gradient, or never. Remove it, and "
-                "step after opt.backward(losses)."
-            )
         if not active:
             raise ValueError("Every shared parameter is frozen (requires_grad is False); unfreeze some.")
         return active

@@ -100,6 +100,7 @@ class Surgery:
         gradients = self.rule.method.needs is not Needs.LOSSES
         if self.holding or gradients or self.rule.heads == "unweighted":
             self.prepare(read)
+            self.parameters.refuse_hooks()
         self.rule.start(read.tasks, self.layout.blocks if self._layouts else 1, read.values.device)
         before = self.rule.snapshot()
         try:
@@ -187,6 +188,7 @@ class Surgery:
         params = self.parameters.all()
         known = [id(p) for p in params]
         if known != self._team[0] or (self._team[1] is None and several()):
+            self.parameters.refuse_replaced()
             self._team = known, find_ranks(params, self._process_group)
             if self._team[1] is not None:
                 self._check_ranks(self._team[1])

@@ -205,6 +205,26 @@ def test_an_optimizer_in_backward_is_refused() -> None:
         optimizer(model).backward(model.losses(batch()))
 
 
+@pytest.mark.parametrize("engine", ["sequential", "batched", "gramian", "auto"])
+def test_hooks_of_an_ordinary_backward_see_that_of_combine_alone(engine: str) -> None:
+    """DeepSpeed's ZeRO reduces gradients in them."""
+    model, seen = Toy(), []
+    model.trunk[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    opt = optimizer(model, engine=engine)
+    loss = opt.combine(model.losses(batch()))
+    assert seen == []
+    loss.backward()
+    assert len(seen) == 1 and torch.equal(seen[0], model.trunk[0].weight.grad)
+
+
+def test_parameters_that_were_replaced_in_the_base_optimizer_are_told_of() -> None:
+    model = Toy()
+    opt = optimizer(model)
+    opt.base_opt.param_groups[0]["params"] = [nn.Parameter(torch.zeros(3))]
+    with pytest.raises(RuntimeError, match="no longer holds the shared parameters"):
+        opt.combine(model.losses(batch()))
+
+
 def test_negative_losses_under_famo_stay_finite() -> None:
     model, x = Toy(), batch()
     opt = optimizer(model, "famo")

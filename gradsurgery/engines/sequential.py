@@ -32,8 +32,8 @@ class Sequential(Engine):
                 with replicas.arriving(task, batch.task_specific):
                     batch.gradients(task, inputs, retain=retain)
                 continue
-            # Hooks of a wrapper must see no pass but its own.
-            last = task == present[-1] and batch.ranks is None
+            # Hooks of a wrapper, or of a backward to come, must see no pass but their own.
+            last = task == present[-1] and batch.ranks is None and not batch.retain
             gradients = _ours(batch, task, inputs) if last else batch.gradients(task, inputs, retain=retain)
             own = zip(batch.task_specific, gradients[split:], strict=True)
             rows.put(task, gradients[:split], own, ours=last)
@@ -50,7 +50,7 @@ def _ours(batch: Batch, task: int, inputs: Sequence[Tensor]) -> Gradients:
     try:
         for p in inputs:
             p.grad = None
-        torch.autograd.backward(output, seed, inputs=inputs, retain_graph=batch.retain)
+        torch.autograd.backward(output, seed, inputs=inputs)
         return [p.grad for p in inputs]
     finally:
         for p, g in zip(inputs, before, strict=True):
