@@ -336,7 +336,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         monkeypatch.setattr(sys, "argv", [name, *words])
         with pytest.raises(SystemExit) as end:
             module.main()
-        assert end.value.code == 2 and said in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert end.value.code == 2 and said in told and "Traceback" not in told
 
     return check
 

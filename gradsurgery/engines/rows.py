@@ -51,9 +51,9 @@ class Rows(Measurement):
             self._spare = shared
 
     def put_one(self, task: int, n: int, gradient: Tensor | None) -> None:
-        """Adds a task's gradient of the layout's n-th parameter alone; the others must follow."""
+        """A task's gradient of the layout's n-th parameter alone, the first there; the others must follow."""
         self._reached[n] |= gradient is not None
-        (_add if self._filled[task] else _copy)([self._views[task][n]], [gradient])
+        _copy([self._views[task][n]], [gradient])
 
     def filled(self, task: int) -> None:
         """To be called when `put_one` has had all of a task's gradients."""
