@@ -3,6 +3,7 @@
 import collections
 import copy
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,19 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsurgery import MTLOptimizer, aggregate, get_method, kernels, list_methods
+from gradsurgery.engines import layout
 from gradsurgery.kernels import flat as flat_kernels
 from gradsurgery.stats import Needs
 
 COLUMN_METHODS = list_methods(needs=Needs.COLUMNS)
 # Per-coordinate draws are the engine's own: their law is tested on a matrix.
 DRAWN_BY_COLUMN = [n for n in COLUMN_METHODS if get_method(n).randomized]
+
+
+@pytest.fixture(autouse=True)
+def as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here gradients are copied one by one as they come; elsewhere models are so small that all are copied at once."""
+    monkeypatch.setattr(layout, "LARGE", 1)
 
 
 @pytest.mark.parametrize("name", [n for n in list_methods() if n not in DRAWN_BY_COLUMN])
@@ -442,7 +450,7 @@ def test_kernels(dtype: torch.dtype, d: int) -> None:
 
 
 class Traffic(TorchDispatchMode):
-    """Names of the operators that touch a tensor of at least ``size`` elements."""
+    """Names of the operators that touch a tensor of at least ``size`` elements, or that copy."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -451,12 +459,17 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore
         out = func(*args, **(kwargs or {}))
         touched = [t for t in pytree.tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-        if any(t.numel() >= self.size for t in touched) or "_foreach_copy_" in str(func):
+        if any(t.numel() >= self.size for t in touched) or "copy_" in str(func):
             self.operators.append(func.overloadpacket.__name__)
         return out
 
 
-def test_every_float_of_j_is_written_once_and_read_twice() -> None:
+# A copy for each parameter of so many elements, and one for the rest together: of four, one is above 1000.
+@pytest.mark.parametrize(("large", "copies"), [(1 << 16, 1), (1000, 2), (1, 4)])
+def test_every_float_of_j_is_written_once_and_read_twice(
+    large: int, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "LARGE", large)
     model, x = Toy(width=64), batch()
     opt = optimizer(model, "cagrad", engine="sequential")
     opt.backward(model.losses(x))
@@ -467,9 +480,29 @@ def test_every_float_of_j_is_written_once_and_read_twice() -> None:
     assert opt._surgery.layout.rows(3).data_ptr() == pointer
     shapes = {"view", "unsqueeze", "squeeze", "squeeze_"}
     views = {"slice", "select", "unbind", "t", "transpose", "as_strided", "alias", *shapes}
-    moved = [name for name in traffic.operators if name not in views]
-    # Written by T copies; read by one product for the Gramian, and by one for the direction.
-    assert collections.Counter(moved) == {"_foreach_copy_": 3, "mm": 2}
+    moved = collections.Counter(name for name in traffic.operators if name not in views)
+    # Written once; read by one product for the Gramian, and by one for the direction.
+    assert moved == {"_foreach_copy_": 3 * copies, "mm": 2}
+
+
+def test_gradients_of_a_pass_are_freed_as_they_come() -> None:
+    model, x = Toy(), batch()
+    opt = optimizer(model, "upgrad", engine="sequential")
+    seen: list[list[weakref.ref[torch.UntypedStorage]]] = [[], [], []]
+    alive: list[int] = []
+    tasks = itertools.count()
+
+    def look(gradient: Tensor) -> None:
+        refs = seen[next(tasks) // len(params)]
+        alive.append(sum(ref() is not None for ref in refs))
+        refs.append(weakref.ref(gradient.untyped_storage()))
+
+    params = list(model.trunk.parameters())
+    for p in params:
+        p.register_hook(look)
+    opt.backward(model.losses(x))
+    # The last task's stay: the direction is made in their memory.
+    assert alive == [0, 0, 0, 0] * 2 + [0, 1, 2, 3]
 
 
 def test_average_is_a_running_mean_of_the_weights() -> None:

@@ -18,6 +18,8 @@ ALIGNMENT = 32
 # Elements. On the CPU a direction is made in pieces of this size: malloc returns a larger block to the system when it
 # is freed, and faulting it in again costs three times the arithmetic.
 PIECE = 1 << 18
+# Elements of a gradient that the CPU copies as it comes, out of the cache: what a smaller one takes is the call.
+LARGE = 1 << 16
 
 Entry = TypeVar("Entry")
 
@@ -48,6 +50,7 @@ class Layout:
         dtype: of a row: the widest among the parameters.
         device: of all of them.
         pieces: runs of parameters within a block, in which directions are made.
+        large: positions of parameters whose gradients are worth a copy of their own.
     """
 
     def __init__(self, blocks: Sequence[Sequence[Tensor]], ranks: Ranks | None = None):
@@ -73,6 +76,8 @@ class Layout:
         self.width = -(-offset // unit) * unit
         self.buckets = None if ranks is None or self.shards is not None else self._buckets(ranks, unit)
         self.pieces = self._cut(blocks)
+        whole_on_cpu = self.device.type == "cpu" and self.shards is None
+        self.large = [n for n, p in enumerate(self.params) if whole_on_cpu and p.numel() >= LARGE]
         self._rows: Tensor | None = None
         self._row_views: list[list[Tensor]] = []
         self._stacked: list[Tensor] = []

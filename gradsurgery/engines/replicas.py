@@ -9,9 +9,8 @@ last gradient is there, while the rest of that pass and the next task's are on t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,38 +42,19 @@ class ReplicaRows(Measurement):
         self._pending: list[Any] = []
 
     @contextmanager
-    def arriving(self, task: int, own: Sequence[Tensor]) -> Iterator[None]:
-        """Puts the gradients of a pass that is taken meanwhile into the task's row, and sends what is complete.
-
-        Args:
-            task: whose pass it is.
-            own: other parameters, whose gradients are kept.
-        """
+    def arriving(self, task: int) -> Iterator[set[int]]:
+        """As `Rows.arriving`, and sends the buckets that are complete."""
         self._send_through(task - 1)
-        params, touched = self._layout.params, self._buckets.touched
-        waiting, missing = set(range(len(params))), list(self._buckets.members)
+        missing = list(self._buckets.members)
 
-        def put(n: int, gradient: Tensor | None) -> None:
-            self._rows.put_one(task, n, gradient)
-            waiting.remove(n)
-            for k in touched[n]:
+        def come(n: int) -> None:
+            for k in self._buckets.touched[n]:
                 missing[k] -= 1
             while self._unsent and self._unsent[0][0] == task and not missing[self._unsent[0][1]]:
                 self._send()
 
-        handles = [p.register_hook(partial(put, n)) for n, p in enumerate(params)]
-        handles += [p.register_hook(partial(self._keep, task, p)) for p in own]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        for n in sorted(waiting):
-            put(n, None)
-        self._rows.filled(task)
-
-    def _keep(self, task: int, p: Tensor, gradient: Tensor) -> None:
-        self._rows.put_own(task, [(p, gradient.clone())])
+        with self._rows.arriving(task, range(len(self._layout.params)), release=True, then=come) as there:
+            yield there
 
     def _send_through(self, task: int) -> None:
         """Sends what is left of the rows up to that of a task, to which nothing more will come."""

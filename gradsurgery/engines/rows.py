@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +33,50 @@ class Rows(Measurement):
         self._norms: Tensor | None = None
         self._spare: Gradients = [None] * len(layout.params)
 
-    def put(self, task: int, shared: Gradients, own: Iterable[tuple[Tensor, Tensor | None]], *, ours: bool) -> None:
+    @contextmanager
+    def arriving(
+        self, task: int, which: Iterable[int], *, release: bool, then: Callable[[int], object] | None = None
+    ) -> Iterator[set[int]]:
+        """Adds gradients of a pass that is taken meanwhile to the task's row, each as it comes, while it is in cache;
+        `put` must follow.
+
+        Args:
+            task: its row.
+            which: parameters of the layout, by position.
+            release: whether the gradients may be freed, which lets the pass work in less memory, in cache as well: it
+                returns others for them.
+            then: called with a position when its gradient is there.
+
+        Yields:
+            The positions whose gradients have come, for `put`.
+        """
+        there: set[int] = set()
+        views, put = self._views[task], _add if self._filled[task] else _copy
+
+        def come(n: int, gradient: Tensor) -> Tensor | None:
+            put(views[n : n + 1], [gradient])
+            there.add(n)
+            if then is not None:
+                then(n)
+            alike = gradient.layout is torch.strided and gradient.dtype == views[n].dtype
+            return views[n] if release and alike else None
+
+        handles = [self._layout.params[n].register_hook(partial(come, n)) for n in which]
+        try:
+            yield there
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def put(
+        self,
+        task: int,
+        shared: Gradients,
+        own: Iterable[tuple[Tensor, Tensor | None]],
+        *,
+        ours: bool,
+        there: Collection[int] = (),
+    ) -> None:
         """Adds a task's gradients: None stands for a parameter that its loss does not reach.
 
         Args:
@@ -39,25 +84,21 @@ class Rows(Measurement):
             shared: gradients of the layout's parameters.
             own: other parameters with their gradients.
             ours: whether nothing else shares the gradients' memory, so that it may be written to.
+            there: the positions that the row has already, see `arriving`.
         """
         self._reached = [seen or g is not None for seen, g in zip(self._reached, shared, strict=True)]
+        views, gradients = self._views[task], shared
+        if there:
+            rest = [n for n in range(len(views)) if n not in there]
+            views, gradients = [views[n] for n in rest], [shared[n] for n in rest]
         if self._filled[task]:
-            _add(self._views[task], shared)
+            _add(views, gradients)
         else:
-            _copy(self._views[task], shared)
+            _copy(views, gradients)
             self._filled[task] = True
         self.put_own(task, ((p, g if ours else g.clone()) for p, g in own if g is not None))
         if ours:
             self._spare = shared
-
-    def put_one(self, task: int, n: int, gradient: Tensor | None) -> None:
-        """A task's gradient of the layout's n-th parameter alone, the first there; the others must follow."""
-        self._reached[n] |= gradient is not None
-        _copy([self._views[task][n]], [gradient])
-
-    def filled(self, task: int) -> None:
-        """To be called when `put_one` has had all of a task's gradients."""
-        self._filled[task] = True
 
     def part(self, task: int, columns: slice) -> Tensor:
         """Columns of a task, as they stand."""
@@ -168,6 +209,8 @@ class Rows(Measurement):
 
 
 def _copy(views: Sequence[Tensor], gradients: Gradients) -> None:
+    if not views:
+        return
     if all(g is not None and g.layout is torch.strided for g in gradients):
         torch._foreach_copy_(views, gradients)  # pyright: ignore[reportArgumentType]
         return

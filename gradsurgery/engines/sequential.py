@@ -28,15 +28,13 @@ class Sequential(Engine):
         present = losses.here
         for task in present:
             retain = batch.retain or task != present[-1]
-            if replicas is not None:
-                with replicas.arriving(task, batch.task_specific):
-                    batch.gradients(task, inputs, retain=retain)
-                continue
             # Hooks of a wrapper, or of a backward to come, must see no pass but their own.
-            last = task == present[-1] and batch.ranks is None and not batch.retain
-            gradients = _ours(batch, task, inputs) if last else batch.gradients(task, inputs, retain=retain)
+            last = not retain and batch.ranks is None
+            coming = rows.arriving(task, layout.large, release=not last) if replicas is None else replicas.arriving(task)
+            with coming as there:
+                gradients = _ours(batch, task, inputs) if last else batch.gradients(task, inputs, retain=retain)
             own = zip(batch.task_specific, gradients[split:], strict=True)
-            rows.put(task, gradients[:split], own, ours=last)
+            rows.put(task, gradients[:split], own, ours=last, there=there)
             # Freed before the next pass, which then finds its memory: one set of gradients at a time, still in cache.
             del gradients, own
         return rows if replicas is None else replicas
