@@ -782,6 +782,29 @@ def z_engine(reduce: str) -> Any:
     return "representation" if reduce == "none" else Representation(reduce="sum")
 
 
+@pytest.mark.parametrize("engine", ["representation", "batched", "gramian"])
+def test_memory_for_what_enters_the_trunk_is_used_again(engine: Any) -> None:
+    model, kept = Toy(), []
+    opt = optimizer(model, "upgrad", engine=engine)
+    for step, n in enumerate((8, 8, 16, 5, 16)):
+        x = batch(n, seed=step)
+        z = model.trunk(x)
+        outputs = [head(z) for head in model.heads]
+        losses: list[Any] = [(t + 1) * mse(y, 3 * (-1) ** t) for t, y in enumerate(outputs)]
+        # A task that is absent after others: its place still holds what it had before.
+        given = [None if (step, t) == (3, 1) else loss for t, loss in enumerate(losses)]
+        wanted = (
+            z_rows(losses, [z], "none") if engine == "representation" else rows(losses, list(model.trunk.parameters()))
+        )
+        wanted[[t for t, loss in enumerate(given) if loss is None]] = 0
+        opt.zero_grad()
+        info = opt.backward(given)
+        torch.testing.assert_close(info.gramian.sum(dim=0), wanted @ wanted.T, rtol=1e-9, atol=1e-12)
+        assert len(opt._surgery.layout.spare) == 1
+        kept.append(opt._surgery.layout.spare[0].data_ptr())
+    assert kept[0] == kept[1] and kept[2] == kept[3] == kept[4]
+
+
 @pytest.mark.parametrize("reduce", REDUCE)
 @pytest.mark.parametrize("heads", ["weighted", "unweighted"])
 @pytest.mark.parametrize("form", ["tensor", "tuple", "found"])

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery import kernels
 from gradsurgery.engines.engine import Batch, flat, into_grad, spread, write_own
+from gradsurgery.engines.stacks import Stacks
 from gradsurgery.graph import Edge, Graph, spread_bits, survey
 
 
@@ -34,6 +35,7 @@ class Cut:
         own: by task (T), the gradients of parameters that are not shared, from its own part.
         direct: the gradients (K, *shape) of shared parameters, as far as they come from the tasks' own parts.
         foreign: parameters in the shared part that are not to be operated on.
+        stacks: what ``seeds`` and ``direct`` are memory of.
     """
 
     batch: Batch
@@ -45,6 +47,7 @@ class Cut:
     own: list[dict[Tensor, Tensor]]
     direct: dict[Tensor, Tensor]
     foreign: list[Tensor]
+    stacks: Stacks
 
     def pull(self, direct: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], *, retain: bool) -> None:
         """One ordinary backward through the shared part, into ``.grad`` of ``inputs``.
@@ -92,47 +95,45 @@ def cut(batch: Batch, graph: Graph | None = None, at: Sequence[Edge] | None = No
     common = common_part(graph) if at is None else graph.below(node for node, _ in at)
     trunk = graph.within(common)
     operated, wanted = {id(p) for p in shared}, {id(p) for p in (*shared, *batch.task_specific)}
-    own: list[dict[Tensor, Tensor]] = [{} for _ in losses.tasks]
-    entering: dict[Edge, dict[int, Tensor]] = {}
-    direct: dict[Tensor, dict[int, Tensor]] = {}
     row = {t: k for k, t in enumerate(losses.here)}
-    for (t, edge), g in _Heads(batch, graph, trunk, wanted).gradients().items():
-        p = graph.leaves.get(edge[0])
-        if p is None:
-            entering.setdefault(edge, {})[row[t]] = g
-        elif id(p) in operated:
-            direct.setdefault(p, {})[row[t]] = g
+    stacks = Stacks(len(row), batch.layout.spare)
+    own: list[dict[Tensor, Tensor]] = [{} for _ in losses.tasks]
+    for (t, edge), g in _Heads(batch, graph, trunk, wanted, stacks, row).gradients().items():
+        p = graph.leaves[edge[0]]
+        if id(p) in operated:
+            stacks.add(row[t], edge, g)
         else:
             # What passes a node may be memory of the graph, or of another gradient.
             own[t][p] = g.clone()
+    entering: dict[Edge, Tensor] = {}
+    direct: dict[Tensor, Tensor] = {}
+    for edge, rows in stacks.whole().items():
+        p = graph.leaves.get(edge[0])
+        if p is None:
+            entering[edge] = rows
+        elif id(p) in operated:
+            direct[p] = rows
+        else:
+            for t in losses.here:
+                if row[t] in stacks.there(edge):
+                    own[t][p] = rows[row[t]].clone()
     return Cut(
         batch,
         len(losses.tasks),
         losses.here,
         trunk,
         [GradientEdge(*edge) for edge in entering],
-        [_stack(rows, len(row)) for rows in entering.values()],
+        list(entering.values()),
         own,
-        {p: _stack(rows, len(row)) for p, rows in direct.items()},
+        direct,
         [p for p in trunk.leaves.values() if id(p) in wanted and id(p) not in operated],
+        stacks,
     )
 
 
 def common_part(graph: Graph) -> set[Node]:
     """The nodes that more than one loss reaches."""
     return {node for node, tasks in graph.tasks.items() if tasks & (tasks - 1)}
-
-
-def _stack(rows: Mapping[int, Tensor], K: int) -> Tensor:
-    """(K, *shape), dense, 0 where there is no row."""
-    rows = {k: g.to_dense() for k, g in rows.items()}
-    if len(rows) == K:
-        return torch.stack([rows[k] for k in range(K)])
-    some = next(iter(rows.values()))
-    stacked = torch.zeros((K, *some.shape), dtype=some.dtype, device=some.device)
-    for k, g in rows.items():
-        stacked[k] = g
-    return stacked
 
 
 class _Heads:
@@ -143,10 +144,15 @@ class _Heads:
         graph: of all losses.
         trunk: its shared part.
         wanted: ids of all leaves that want a gradient.
+        stacks: for gradients that enter the shared part.
+        row: where a task's are there.
     """
 
-    def __init__(self, batch: Batch, graph: Graph, trunk: Graph, wanted: set[int]):
+    def __init__(
+        self, batch: Batch, graph: Graph, trunk: Graph, wanted: set[int], stacks: Stacks, row: Mapping[int, int]
+    ):
         self._batch, self._graph, self._trunk, self._wanted = batch, graph, trunk, wanted
+        self._stacks, self._row = stacks, row
         self._nodes = [node for node in graph.next if node not in trunk.next]
         # Where the shared part begins is up to the user, several tasks may pass a node before it.
         self._apart = all(not graph.tasks[node] & (graph.tasks[node] - 1) for node in self._nodes)
@@ -167,14 +173,14 @@ class _Heads:
         return p is None or id(p) in self._wanted
 
     def gradients(self) -> dict[tuple[int, Edge], Tensor]:
-        """By task, at the edges where its gradient enters the shared part and at the leaves of its own part."""
-        present, found = self._batch.losses.here, dict[tuple[int, Edge], Tensor]()
+        """By task, at the leaves of its own part; what enters the shared part is added to the stacks."""
+        found: dict[tuple[int, Edge], Tensor] = {}
         started = []
-        for t in present:
+        for t in self._batch.losses.here:
             root = self._graph.roots[t]
             assert root is not None
             if root[0] in self._trunk.next:
-                found[t, root] = self._batch.start(t)[1]
+                self._stacks.add(self._row[t], root, self._batch.start(t)[1])
             else:
                 started.append(t)
         for tasks in [started] if self._apart else [[t] for t in started]:
@@ -183,7 +189,7 @@ class _Heads:
 
     def _pass(self, tasks: Sequence[int], found: dict[tuple[int, Edge], Tensor]) -> None:
         """One backward of some tasks' losses; what each adds at an edge is seen as it leaves that task's own part."""
-        passing = _Passing(self._graph.tasks, sum(1 << t for t in tasks), found)
+        passing = _Passing(self._graph.tasks, sum(1 << t for t in tasks), self._stacks, self._row)
         nodes = [node for node in self._nodes if passing.concerns(node)]
         users = {edge: [user for user in users if passing.concerns(user)] for edge, users in self._users.items()}
         leaves = [(node, 0) for node in nodes if node in self._graph.leaves and self._wants(node)]
@@ -217,11 +223,12 @@ class _Passing:
     Args:
         tasks: of every node, by bits.
         mask: those that the backward is of.
-        found: by task and edge, what is added to.
+        stacks: what is added to.
+        row: where a task's gradients are there.
     """
 
-    def __init__(self, tasks: Mapping[Node, int], mask: int, found: dict[tuple[int, Edge], Tensor]):
-        self._tasks, self._mask, self._found = tasks, mask, found
+    def __init__(self, tasks: Mapping[Node, int], mask: int, stacks: Stacks, row: Mapping[int, int]):
+        self._tasks, self._mask, self._stacks, self._row = tasks, mask, stacks, row
 
     def concerns(self, node: Node) -> bool:
         """Whether one of the tasks reaches it."""
@@ -233,11 +240,10 @@ class _Passing:
 
     def add(self, user: Node, passed: Sequence[Tensor | None], edges: Iterable[Edge]) -> None:
         """Adds what a node passes on, where it goes to one of these edges."""
-        wanted, t = set(edges), self.task_of(user)
+        wanted, k = set(edges), self._row[self.task_of(user)]
         for (target, nr), g in zip(user.next_functions, passed, strict=True):
             if target is not None and g is not None and (target, nr) in wanted:
-                key = (t, (target, nr))
-                self._found[key] = self._found[key] + g if key in self._found else g
+                self._stacks.add(k, (target, nr), g)
 
     @contextlib.contextmanager
     def watched(

@@ -50,6 +50,7 @@ class Layout:
         dtype: of a row: the widest among the parameters.
         device: of all of them.
         pieces: runs of parameters within a block, in which directions are made.
+        spare: memory for gradients elsewhere in the graph, kept from step to step.
         large: positions of parameters whose gradients are worth a copy of their own.
     """
 
@@ -78,6 +79,7 @@ class Layout:
         self.pieces = self._cut(blocks)
         whole_on_cpu = self.device.type == "cpu" and self.shards is None
         self.large = [n for n, p in enumerate(self.params) if whole_on_cpu and p.numel() >= LARGE]
+        self.spare: list[Tensor] = []
         self._rows: Tensor | None = None
         self._row_views: list[list[Tensor]] = []
         self._stacked: list[Tensor] = []

@@ -148,7 +148,7 @@ class OverRanks(Measurement):
         parts = self._cut
         rows = _reduced(parts, self._reduce)
         if self._reduce == "sum":
-            return _gramian(parts, [self._ranks.sum(row.contiguous()) for row in rows])
+            return _gramian(parts, [self._ranks.sum(row.clone()) for row in rows])
         if not rows:
             zeros = torch.zeros(1, parts.T, parts.T, dtype=torch.float64, device=self._batch.losses.values.device)
             return self._ranks.sum(zeros)

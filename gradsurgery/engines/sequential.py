@@ -30,7 +30,9 @@ class Sequential(Engine):
             retain = batch.retain or task != present[-1]
             # Hooks of a wrapper, or of a backward to come, must see no pass but their own.
             last = not retain and batch.ranks is None
-            coming = rows.arriving(task, layout.large, release=not last) if replicas is None else replicas.arriving(task)
+            coming = (
+                rows.arriving(task, layout.large, release=not last) if replicas is None else replicas.arriving(task)
+            )
             with coming as there:
                 gradients = _ours(batch, task, inputs) if last else batch.gradients(task, inputs, retain=retain)
             own = zip(batch.task_specific, gradients[split:], strict=True)
