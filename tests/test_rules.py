@@ -10,7 +10,7 @@ from models import Toy, batch, flat, optimizer
 from torch import Tensor, nn
 
 from gradsurgery import MTLOptimizer
-from gradsurgery.engines import Batched, Engine, Gramian, Sequential, gramian_rule
+from gradsurgery.engines import Batched, Engine, Gramian, Sequential, gramian_rule, rules
 from gradsurgery.engines.rules import RULES
 
 Make = Callable[[], tuple[nn.Module, Tensor]]
@@ -33,9 +33,14 @@ LAYERS: dict[str, tuple[str, Make]] = {
 }
 
 
+# At 30 elements, strips of one, two or all columns, and a shorter last one.
+@pytest.mark.parametrize("strip", [1, 30, rules.STRIP])
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("name", LAYERS)
-def test_rule_is_the_gramian_of_weight_gradients(name: str, K: int) -> None:
+def test_rule_is_the_gramian_of_weight_gradients(
+    name: str, K: int, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "STRIP", strip)
     operator, make = LAYERS[name]
     torch.manual_seed(0)
     layer, x = make()

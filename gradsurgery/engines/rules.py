@@ -20,6 +20,9 @@ from torch import Tensor
 
 from gradsurgery import kernels
 
+# Elements of output gradients that the CPU has in float64 at a time, and in its cache.
+STRIP = 1 << 19
+
 Costs = tuple[float, float, float]
 
 
@@ -120,8 +123,13 @@ def products(A: Tensor, D: Tensor) -> Tensor:
     In float64: where the gradients of single positions cancel, a weight gradient that is formed loses digits once, and
     these products would lose them twice.
     """
-    A, D = A.double(), D.double()
-    return kernels.block_gramian(D.flatten(1), torch.matmul(A @ A.mT, D).flatten(1))
+    A, total = A.double(), torch.zeros(len(D), len(D), dtype=torch.float64, device=D.device)
+    inner = A @ A.mT
+    columns = max(STRIP // D[..., 0].numel(), 1) if D.device.type == "cpu" else D.shape[2]
+    for strip in D.split(columns, dim=2):
+        strip = strip.double()
+        total += kernels.block_gramian(strip.flatten(1), torch.matmul(inner, strip).flatten(1))
+    return total
 
 
 def product_costs(A: Sequence[int], b: int, K: int, device: torch.device) -> Costs:
