@@ -37,20 +37,16 @@ class Ranks:
         group: their process group.
         params: what they train: the same parameters, in the same order, on every rank.
         wrapper: the `DistributedDataParallel` that averages gradients of an ordinary backward, if there is one.
-        shards: how the parameters are divided among the ranks; None where each has all of them.
 
     Attributes:
+        shards: how the parameters are divided among the ranks; None where each has all of them.
         agreed: whether `agree` has compared them.
     """
 
-    def __init__(
-        self,
-        group: Group,
-        params: Sequence[Tensor],
-        wrapper: DistributedDataParallel | None = None,
-        shards: Shards | None = None,
-    ):
-        self.group, self.wrapper, self.shards = group, wrapper, shards
+    shards: Shards | None = None
+
+    def __init__(self, group: Group, params: Sequence[Tensor], wrapper: DistributedDataParallel | None = None):
+        self.group, self.wrapper = group, wrapper
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._params = list(params)
         self.agreed = False
@@ -83,9 +79,10 @@ class Ranks:
                 "The ranks of one process group differ in their tasks, their method or the shapes of their parameters: "
                 f"every rank must build the same model and optimizer. This is rank {self.rank}: {what}."
             )
+        self._agree_on_values()
         self.agreed = True
-        if self.shards is not None:
-            return
+
+    def _agree_on_values(self) -> None:
         with torch.no_grad():
             sums = [[p.detach().double().sum(), p.detach().double().square().sum()] for p in self._params]
         low, high = self._extremes(torch.stack([entry for pair in sums for entry in pair]))
@@ -121,14 +118,13 @@ class Ranks:
         total, counts = both.split(T)
         # A rank that has every task knows that none is absent, and need not wait for the answer.
         elsewhere = [] if len(here) == T else [t for t, n in enumerate(counts.tolist()) if n and t not in here]
-        if elsewhere and self.shards is not None:
-            raise ValueError(
-                f"Task {losses.tasks[elsewhere[0]]!r} is absent on rank {self.rank} and present on another, and "
-                "fully_shard wants every backward pass on every rank. Pass a loss of 0 that reaches the same modules, "
-                "(output * 0).sum() say."
-            )
+        if elsewhere:
+            self._take_part(losses.tasks[elsewhere[0]])
         share = torch.where(counts > 0, 1 / counts, 0.0)
         return TaskLosses(losses.tasks, losses.outputs, total / counts, share, frozenset(elsewhere))
+
+    def _take_part(self, task: object) -> None:
+        """Raises ValueError where this rank can't in a task that is absent here alone."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Over ranks, in place."""
@@ -145,8 +141,6 @@ class Ranks:
 
     def anywhere(self, flags: Sequence[bool]) -> list[bool]:
         """Of each flag, whether any rank has it."""
-        if self.shards is not None:
-            return list(flags)
         raised = torch.ones(len(flags), dtype=torch.uint8, device=self.device)
         if not all(flags):
             raised = torch.tensor(flags, dtype=torch.uint8, device=raised.device)
@@ -155,14 +149,14 @@ class Ranks:
         return list(flags) if all(flags) else [bool(flag) for flag in raised.tolist()]
 
     def total(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients summed over ranks; None where no rank has one. Shards are summed as they come.
+        """Gradients summed over ranks; None where no rank has one.
 
         Args:
             params: the same on every rank.
             gradients: of each, or None.
         """
-        if not params or self.shards is not None:
-            return list(gradients)
+        if not params:
+            return []
         seen = self.anywhere([g is not None for g in gradients])
         wanted = [n for n, found in enumerate(seen) if found]
         totals: list[Tensor | None] = [None] * len(params)
@@ -185,13 +179,44 @@ class Ranks:
         One that looks for unused parameters knows those of the forward pass, and would wait for a loss that is absent;
         and after a forward under ``no_sync``, or past the wrapper, it leaves gradients local.
         """
-        if self.shards is not None:
-            return True
         wrapper, ready = self.wrapper, self._forwards.taken()
         if wrapper is None or wrapper.find_unused_parameters or not ready:
             return False
         inside = {id(p) for p in wrapper.parameters()}
         return all(id(p) in inside for p in self.params) and not wrapper.parameters_to_ignore
+
+
+class ShardedRanks(Ranks):
+    """Ranks that have parts of the parameters, whose gradients `fully_shard` averages as they come.
+
+    Args:
+        group: of all ranks that have a part of the batch.
+        params: what they train.
+        shards: how that is divided.
+    """
+
+    def __init__(self, group: Group, params: Sequence[Tensor], shards: Shards):
+        super().__init__(group, params)
+        self.shards = shards
+
+    def _agree_on_values(self) -> None:
+        return
+
+    def _take_part(self, task: object) -> None:
+        raise ValueError(
+            f"Task {task!r} is absent on rank {self.rank} and present on another, and fully_shard wants every backward "
+            "pass on every rank. Pass a loss of 0 that reaches the same modules, (output * 0).sum() say."
+        )
+
+    def anywhere(self, flags: Sequence[bool]) -> list[bool]:
+        return list(flags)
+
+    def total(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return list(gradients)
+
+    @property
+    def native(self) -> bool:
+        return True
 
 
 class Shards:
@@ -345,7 +370,7 @@ def find_ranks(params: Sequence[Tensor], group: Group | None) -> Ranks | None:
         shards = Shards(params)
         chosen = shards.group()
         _check_groups(chosen, [] if group is None else [group])
-        return Ranks(chosen, params, shards=shards)
+        return ShardedRanks(chosen, params, shards)
     wrappers = _wrappers(params)
     for wrapper in wrappers:
         _check_wrapper(wrapper)

@@ -104,13 +104,19 @@ class Parameters:
             )
 
     def refuse_replaced(self) -> None:
-        """Raises RuntimeError where the base optimizer holds others in the place of the shared parameters."""
+        """Raises RuntimeError where something else has put others, or nothing, in the place of shared parameters."""
         owned = {id(p) for p in base_parameters(self._base)}
         if any(id(p) not in owned for p in self._named or ()):
             raise RuntimeError(
                 "The base optimizer no longer holds the shared parameters: something has put others in their place, as "
                 "DeepSpeed's ZeRO does with the optimizer that it is given. Give that an optimizer of its own, and "
                 "MTLOptimizer another over model.parameters(), which only combines the losses."
+            )
+        # What stage 3 leaves of a parameter outside of its module's own pass is empty, and this its part of it.
+        if any(hasattr(p, "ds_tensor") for p in base_parameters(self._base)):
+            raise RuntimeError(
+                "Parameters are divided by DeepSpeed's ZeRO stage 3, which gathers them for passes of its own alone: a "
+                "task's gradient cannot be had. Use ZeRO stage 0 to 2, or torch's fully_shard, which divides them too."
             )
 
     def refuse_search(self) -> None:

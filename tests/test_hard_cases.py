@@ -225,6 +225,19 @@ def test_parameters_that_were_replaced_in_the_base_optimizer_are_told_of() -> No
         opt.combine(model.losses(batch()))
 
 
+def test_parameters_that_deepspeed_divides_are_refused() -> None:
+    model, x = Toy(), batch()
+    opt = optimizer(model)
+    losses = model.losses(x)
+    # As ZeRO stage 3 marks them.
+    for p in model.parameters():
+        p.ds_tensor = None
+    for surgery in (opt.combine, opt.backward, opt.step):
+        with pytest.raises(RuntimeError, match="ZeRO stage 3"):
+            surgery(losses)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_negative_losses_under_famo_stay_finite() -> None:
     model, x = Toy(), batch()
     opt = optimizer(model, "famo")

@@ -26,13 +26,20 @@ from gradsurgery.graph import Graph, survey
 # Largest differences of projections, as a share of the task's gradient, that are put down to rounding.
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 CAST = 5e-2
+# Elements that are in float64 at a time.
+PIECE = 1 << 20
 
 
 def project(n: int, rows: Sequence[Tensor]) -> Tensor:
     """Projections (K,) float64 of K gradients of a layout's parameter ``n`` on one random vector."""
     device = rows[0].device
-    direction = torch.randn(rows[0].numel(), generator=Generator(device).manual_seed(n), device=device)
-    return torch.stack([row.reshape(-1).double() @ direction.double() for row in rows])
+    direction = torch.randn(rows[0].numel(), generator=Generator(device).manual_seed(n), device=device).split(PIECE)
+    return torch.stack([_inner(row.reshape(-1).split(PIECE), direction) for row in rows])
+
+
+def _inner(pieces: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Inner product () float64."""
+    return torch.stack([a.double() @ b.double() for a, b in zip(pieces, others, strict=True)]).sum()
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from weakref import finalize
 
+import torch
 from torch import Tensor
 
 from gradsurgery.graph import Edge
@@ -16,8 +17,8 @@ class Stacks:
 
     Args:
         K: tasks.
-        spare: flat tensors, which are used where they fit. What the stacks are made of is put there when they are gone:
-            on the CPU, a large block that malloc gives anew costs as much again as what is written to it.
+        spare: flat tensors on the CPU, which are used where they fit. What the stacks are made of is put there when
+            they are gone: a large block that malloc gives anew costs as much again as what is written to it.
     """
 
     def __init__(self, K: int, spare: list[Tensor]):
@@ -52,15 +53,18 @@ class Stacks:
 
     def _take(self, like: Tensor) -> Tensor:
         shape = (self._K, *like.shape)
+        if like.device.type != "cpu":
+            # Its allocator keeps what is freed, for whoever is next.
+            return like.new_empty(shape)
         n = math.prod(shape)
-        flat = _fitting(self._spare, n, like)
+        flat = _fitting(self._spare, n, like.dtype)
         self._used.append(like.new_empty(n) if flat is None else flat)
         return self._used[-1][:n].view(shape)
 
 
-def _fitting(spare: list[Tensor], n: int, like: Tensor) -> Tensor | None:
+def _fitting(spare: list[Tensor], n: int, dtype: torch.dtype) -> Tensor | None:
     """Removes the smallest that holds n elements; where none does, the largest is given up."""
-    alike = [flat for flat in spare if flat.dtype == like.dtype and flat.device == like.device]
+    alike = [flat for flat in spare if flat.dtype == dtype]
     if not alike:
         return None
     found = min((flat for flat in alike if len(flat) >= n), key=len, default=None)
