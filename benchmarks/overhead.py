@@ -11,8 +11,9 @@ that one leaves behind favours another; ratios are taken round by round, and med
 steps of each warm up. Of a cell whose rounds are long, as many are taken as fit into ``--seconds``,
 and three at the least.
 
-A price is that of whole steps that last 20 ms or more together. The clock is that of `torch.utils.benchmark`, which
-waits for an accelerator; its `Timer.timeit` would take two steps more before each measurement, thrice the time in all.
+A price is that of whole steps that last 20 ms or more together, after one that is not timed: the caches hold what
+another contender left there, and training is a step after a step of one's own. The clock is that of
+`torch.utils.benchmark`, which waits for an accelerator.
 """
 
 import argparse
@@ -85,8 +86,9 @@ def steps_a_price(step: Step) -> int:
 
 
 def timed(step: Step, number: int) -> float:
-    """Seconds a step, of so many."""
+    """Seconds a step, of so many, after one of each kind that is not timed."""
     timer = timeit.Timer("step()", timer=benchmark.timer, globals={"step": step.take})
+    timer.timeit(len(step.shares))
     if len(step.shares) == 1:
         return timer.timeit(number) / number
     return sum(share * timer.timeit(1) for _ in range(number) for share in step.shares) / number

@@ -1,6 +1,7 @@
 """What goes with every result: the machine, the versions, the commit; and where results are kept."""
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -20,6 +21,7 @@ def machine(device: torch.device) -> dict[str, object]:
     return {
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
+        "waiting threads": os.environ.get("OMP_WAIT_POLICY", "default"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,15 @@ def test_fallbacks_decline() -> None:
 def test_a_price_of_several_steps() -> None:
     taken: list[int] = []
     step = Step(lambda: taken.append(1), shares=(0.1, 0.9))
-    assert overhead.timed(step, 3) > 0 and len(taken) == 6
+    assert overhead.timed(step, 3) > 0 and len(taken) == 2 + 6
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (0.1, 0.9)])
+def test_what_another_left_in_the_caches_has_no_price(shares: tuple[float, ...]) -> None:
+    """The first step of each kind waits long, and is not timed."""
+    waits = [0.2] * len(shares)
+    step = Step(lambda: time.sleep(waits.pop() if waits else 0.0), shares=shares)
+    assert overhead.timed(step, 2) < 0.05 and not waits
 
 
 def test_words_have_no_paths() -> None:
