@@ -11,25 +11,34 @@ that one leaves behind favours another; ratios are taken round by round, and med
 steps of each warm up. Of a cell whose rounds are long, as many are taken as fit into ``--seconds``,
 and three at the least.
 
-A price is that of whole steps that last 20 ms or more together, after one that is not timed: the caches hold what
-another contender left there, and training is a step after a step of one's own. The clock is that of
-`torch.utils.benchmark`, which waits for an accelerator.
+A cell has a process of its own, whose heap no other cell has seen. A price is that of whole steps that last 20 ms or
+more together, after one that is not timed: the caches hold what another contender left there, and training is a step
+after a step of one's own. The clock is that of `torch.utils.benchmark`, which waits for an accelerator.
+
+Of `floor` and `sequential` the operators' own time is kept as well, by `torch.profiler`: what a missed bound is
+made of. Rows are written by ``copy_``, and read by ``bmm`` or ``mm`` (the Gramian) and ``mv`` (the weighted sum); the
+floor adds up by ``add_``.
 """
 
 import argparse
 import copy
 import gc
 import math
+import multiprocessing
+import os
 import statistics
 import sys
 import time
 import timeit
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import profile, record_function
 from torch.utils import benchmark
 
 from benchmarks.contenders import METHODS, DeclinedError, Make, Step, contenders, prepare
@@ -43,6 +52,13 @@ SPAN = 0.02
 MOST_FOR_TEN = 10
 FLOOR_BOUNDS = {"vit": 1.03, "resnet18": 1.03, "mlp1024": 1.08}
 TORCHJD = ("torchjd vmap", "torchjd sequential")
+PROFILED = ("floor", "sequential")
+# Steps under the profiler.
+SHOTS = 5
+# What is in no operator: Python, and memory that is asked for or given back.
+REST = "the rest"
+# Of a step of the floor: what an operator must take, or differ by, to be told.
+TOLD = 0.005
 
 
 def measure(
@@ -64,7 +80,16 @@ def measure(
         if round_ >= LEAST_ROUNDS - 1 and time.monotonic() - start > limit:
             break
     engines = {name: engine for name, step in steps.items() if (engine := step.engine())}
-    return {"model": model, "tasks": tasks, "seconds": seconds, "engines": engines, "declined": declined}
+    operators = {name: by_operator(steps[name]) for name in PROFILED if set(PROFILED) <= steps.keys()}
+    cell = {"model": model, "tasks": tasks, "seconds": seconds, "engines": engines, "declined": declined}
+    return cell | {"operators": operators}
+
+
+def of_these(names: Sequence[str], model: str, tasks: int, args: argparse.Namespace) -> dict[str, Any]:
+    """`measure` of contenders by name."""
+    makers = contenders(compile=args.compiled, checkout=args.libmtl)
+    wanted = {name: makers[name] for name in names}
+    return measure(model, tasks, args.method, wanted, args.rounds, args.seconds, torch.device(args.device))
 
 
 def ready(problem: Problem, method: str, makers: Mapping[str, Make]) -> tuple[dict[str, Step], dict[str, str]]:
@@ -92,6 +117,26 @@ def timed(step: Step, number: int) -> float:
     if len(step.shares) == 1:
         return timer.timeit(number) / number
     return sum(share * timer.timeit(1) for _ in range(number) for share in step.shares) / number
+
+
+def by_operator(step: Step) -> dict[str, float]:
+    """Seconds a step of each operator's own, the median of `SHOTS`, where they are `TOLD` of all or more."""
+    # Else each profile tells of itself.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    step.take()
+    shots: list[Counter[str]] = []
+    for _ in range(SHOTS):
+        with profile() as profiler, record_function(REST):
+            step.take()
+        events = profiler.key_averages()
+        on_device = any(event.self_device_time_total for event in events)
+        shots.append(Counter())
+        for event in events:
+            # An optimizer's range is no operator.
+            key = REST if event.key.startswith("Optimizer.") else event.key
+            shots[-1][key] += 1e-6 * (event.self_device_time_total if on_device else event.self_cpu_time_total)
+    medians = {key: statistics.median(shot[key] for shot in shots) for key in shots[0]}
+    return {key: seconds for key, seconds in medians.items() if seconds >= TOLD * sum(medians.values())}
 
 
 def summary(seconds: Mapping[str, list[float]], to: str) -> dict[str, tuple[float, float, float]]:
@@ -157,11 +202,21 @@ def of_cell(r: Mapping[str, Any]) -> list[str]:
     for name, to, bound in [*most, *least]:
         if (found := ratio(r, name, to)) is not None:
             lines.append(verdict(f"{model} T={T}: {name} / {to}", found, bound, least=(name, to, bound) in least))
+            if (name, to) == ("sequential", "floor") and found > bound and r.get("operators"):
+                lines.append(f"       per cent of the floor, by operator: {why(r['operators'])}")
     found, heads = ratio(r, "representation", "plain"), ratio(r, "plain plus heads", "plain")
     if model != "mlp64" and found is not None and heads is not None:
         # What heads cost is the tasks' own.
         lines.append(verdict(f"{model} T={T}: representation less the heads / plain", found - (heads - 1), 1.15))
     return lines
+
+
+def why(operators: Mapping[str, Mapping[str, float]]) -> str:
+    """What `sequential` spends more than the floor on each operator, or less."""
+    floor, ours = operators["floor"], operators["sequential"]
+    more = {key: 100 * (ours.get(key, 0.0) - floor.get(key, 0.0)) / sum(floor.values()) for key in {**floor, **ours}}
+    told = sorted((key for key in more if abs(more[key]) >= 100 * TOLD), key=lambda key: -more[key])
+    return ", ".join(f"{key} {more[key]:+.1f}" for key in told)
 
 
 def over_the_grid(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -188,9 +243,9 @@ def over_the_grid(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def run(args: argparse.Namespace, name: str | None = None) -> dict[str, Any]:
     """Measures what a result file lacks of the grid, and reports cell by cell on the way."""
     device = torch.device(args.device)
-    makers = contenders(compile=args.compiled, checkout=args.libmtl)
+    names = list(contenders(compile=args.compiled, checkout=args.libmtl))
     if args.only:
-        makers = {name: make for name, make in makers.items() if name in {"plain", *args.only}}
+        names = [name for name in names if name in {"plain", *args.only}]
     about = machine(device) | ({"libmtl": commit(args.libmtl)} if args.libmtl else {})
     kept = (read(name) if name else None) or {}
     if kept.get("method", args.method) != args.method:
@@ -201,9 +256,10 @@ def run(args: argparse.Namespace, name: str | None = None) -> dict[str, Any]:
         for tasks in args.tasks or MODELS[model].tasks:
             if any((r["model"], r["tasks"]) == (model, tasks) for r in results):
                 continue
-            wanted = {name: make for name, make in makers.items() if tasks <= MOST_FOR_TEN or name != "every 10"}
+            wanted = [n for n in names if tasks <= MOST_FOR_TEN or n != "every 10"]
             start = time.monotonic()
-            cell = measure(model, tasks, args.method, wanted, args.rounds, args.seconds, device)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                cell = process.submit(of_these, wanted, model, tasks, args).result()
             results.append(cell | {"commit": about["commit"]})
             if name:
                 write(name, content)

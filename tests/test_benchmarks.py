@@ -147,6 +147,28 @@ def test_what_another_left_in_the_caches_has_no_price(shares: tuple[float, ...])
     assert overhead.timed(step, 2) < 0.05 and not waits
 
 
+def test_operators_tell_why_a_bound_is_missed() -> None:
+    a = torch.randn(300, 300)
+    once, often = (overhead.by_operator(Step(lambda n=n: [a @ a for _ in range(n)])) for n in (1, 20))
+    assert often["aten::mm"] > 2 * once["aten::mm"] and often["aten::mm"] > 0.5 * sum(often.values())
+    found = overhead.why({"floor": {"mm": 2.0, "add": 2.0}, "sequential": {"mm": 2.01, "copy": 1.0}})
+    assert found == "copy +25.0, add -50.0"
+    cell = synthetic()["results"][1] | {"operators": {"floor": {"mm": 1.0}, "sequential": {"mm": 1.2}}}
+    cell["seconds"]["sequential"] = [4.0, 4.0, 4.0]
+    missed = overhead.of_cell(cell)
+    assert missed[0].startswith("MISSED mlp1024 T=2: sequential / floor") and missed[1].endswith("operator: mm +20.0")
+
+
+def test_a_cell_is_measured_in_a_process_of_its_own() -> None:
+    args = Namespace(
+        models=["mlp64"], tasks=[2], only=["floor", "sequential"], method="upgrad", rounds=2, seconds=1.0, device="cpu",
+        compiled=False, libmtl=None,
+    )  # fmt: skip
+    (cell,) = overhead.run(args)["results"]
+    assert cell["seconds"].keys() == {"plain", "floor", "sequential"}
+    assert cell["operators"].keys() == {"floor", "sequential"}
+
+
 def test_words_have_no_paths() -> None:
     assert record.in_words(ValueError("in /home/someone/x.py, 1/2\nmore")) == "ValueError: in ..., 1/2"
 

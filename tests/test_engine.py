@@ -430,22 +430,27 @@ def test_a_nonfinite_loss_shows_in_the_gradient_and_not_in_the_state() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [1, 100, flat_kernels.CHUNK, 2 * flat_kernels.CHUNK + 77])
-def test_kernels(dtype: torch.dtype, d: int) -> None:
-    J = torch.randn(3, d, generator=torch.Generator().manual_seed(0)).to(dtype)
+@pytest.mark.parametrize("tasks", [3, flat_kernels.MANY + 1])
+def test_kernels(dtype: torch.dtype, d: int, tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat_kernels, "LONG", flat_kernels.CHUNK)
+    J = torch.randn(tasks, d, generator=torch.Generator().manual_seed(0)).to(dtype)
     bounds = [0, d // 3, d // 3, d]
     G = kernels.gramian(J, bounds)
-    w = torch.rand(3, 3, generator=torch.Generator().manual_seed(1)).double()
+    w = torch.rand(3, tasks, generator=torch.Generator().manual_seed(1)).double()
     u = kernels.combine(w, J, bounds)
+    cross = kernels.gramian(J, bounds, -J.flip(0))
     assert u.dtype == dtype
     for b, (start, stop) in enumerate(itertools.pairwise(bounds)):
         piece = J[:, start:stop].double()
         size = piece.norm(dim=1)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         assert ((G[b] - piece @ piece.T).abs() <= tolerance * size[:, None] * size + 1e-30).all()
+        scale = size[:, None] * size.flip(0)
+        assert ((cross[b] + piece @ piece.flip(0).T).abs() <= tolerance * scale + 1e-30).all()
         # Half precision is rounded once, at the end.
         rtol, atol = {torch.float64: (1e-12, 1e-14), torch.float32: (1e-5, 1e-6), torch.bfloat16: (2**-8, 1e-6)}[dtype]
         torch.testing.assert_close(u[start:stop].double(), w[b] @ piece, rtol=rtol, atol=atol)
-    same = kernels.combine(w[:1].expand(3, 3), J, bounds)
+    same = kernels.combine(w[:1].expand(3, tasks), J, bounds)
     torch.testing.assert_close(kernels.combine(w[:1], J, bounds), same)
 
 

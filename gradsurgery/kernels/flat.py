@@ -15,10 +15,13 @@ from gradsurgery.kernels.accelerator import flat_combine, flat_gramian, has_kern
 # Columns of one partial Gramian. A thin GEMM over all of d runs 2-3x slower than a batch of these (and loses digits):
 # they stay in cache, fill all cores, and are summed in float64.
 CHUNK = 16384
+# Rows from which products one after another, of longer pieces, are faster than a batch: by 1.7 to 2 for 16 to 64 rows.
+MANY = 16
+LONG = 1 << 16
 # Columns of half-precision rows that are widened at a time.
 STRIP = 1 << 22
 # Columns of a direction that stay in cache while rows are added to it.
-CACHED = 1 << 17
+CACHED = 1 << 19
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -45,6 +48,10 @@ def block_gramian(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """Inner products (T, T) float64 of one block's rows (T, n) with those of others (T, n), or among themselves."""
     if rows.is_cuda and has_kernel(rows, others):
         return flat_gramian(rows, [0, rows.shape[1]], others)[0]
+    if len(rows) >= MANY and not rows.is_cuda:
+        others = rows if others is None else others
+        pairs = zip(rows.split(LONG, dim=1), others.split(LONG, dim=1), strict=True)
+        return torch.stack([(accumulable(a) @ accumulable(b).mT).double() for a, b in pairs]).sum(dim=0)
     whole = rows.shape[1] // CHUNK * CHUNK
     tail = accumulable(rows[:, whole:])
     total = (tail @ (tail if others is None else accumulable(others[:, whole:])).mT).double()
