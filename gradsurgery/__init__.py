@@ -9,8 +9,18 @@ if (_root / "pyproject.toml").is_file() and (_root / "architectures" / "__init__
 
 from gradsurgery.compiled import compile_backward  # noqa: E402
 from gradsurgery.functional import aggregate  # noqa: E402
+from gradsurgery.losses import Absent  # noqa: E402
 from gradsurgery.optimizer import MTLOptimizer, backward  # noqa: E402
 from gradsurgery.registry import get_method, list_methods  # noqa: E402
 from gradsurgery.stats import StepInfo  # noqa: E402
 
-__all__ = ["MTLOptimizer", "StepInfo", "aggregate", "backward", "compile_backward", "get_method", "list_methods"]
+__all__ = [
+    "Absent",
+    "MTLOptimizer",
+    "StepInfo",
+    "aggregate",
+    "backward",
+    "compile_backward",
+    "get_method",
+    "list_methods",
+]

@@ -254,7 +254,7 @@ class _Program:
             entries = losses.unbind() if isinstance(losses, Tensor) else losses
             named = {str(t): loss for t, loss in enumerate(entries)}
         found = {t: named.get(name) for t, name in enumerate(self.tasks)}
-        outputs = {t: loss for t, loss in found.items() if loss is not None}
+        outputs = {t: loss for t, loss in found.items() if isinstance(loss, Tensor)}
         if tuple(outputs) != self._present:
             raise ValueError(
                 f"tasks {self._present} were present in a batch of this kind, and now {tuple(outputs)} are"

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gradsurgery.losses import TaskLosses
+from gradsurgery.losses import Output, TaskLosses
 
 # Of gradients that are summed at once.
 BUCKET_BYTES = 25 << 20
@@ -58,6 +58,11 @@ class Ranks:
     def params(self) -> list[Tensor]:
         """Every parameter that they train."""
         return [p for p in self._params if p.requires_grad]
+
+    @property
+    def awaited(self) -> list[Tensor]:
+        """Parameters that an ordinary backward must reach, come what may: the model's wrapper waits for them."""
+        return self.params
 
     @property
     def device(self) -> torch.device:
@@ -118,13 +123,17 @@ class Ranks:
         total, counts = both.split(T)
         # A rank that has every task knows that none is absent, and need not wait for the answer.
         elsewhere = [] if len(here) == T else [t for t, n in enumerate(counts.tolist()) if n and t not in here]
-        if elsewhere:
-            self._take_part(losses.tasks[elsewhere[0]])
-        share = torch.where(counts > 0, 1 / counts, 0.0)
-        return TaskLosses(losses.tasks, losses.outputs, total / counts, share, frozenset(elsewhere))
+        outputs = tuple(self._absent(losses, t) if t in elsewhere else o for t, o in enumerate(losses.outputs))
+        share = torch.where(there > 0, 1 / counts, 0.0)
+        return TaskLosses(losses.tasks, outputs, total / counts, share, frozenset(elsewhere))
 
-    def _take_part(self, task: object) -> None:
-        """Raises ValueError where this rank can't in a task that is absent here alone."""
+    def _absent(self, losses: TaskLosses, task: int) -> Output | None:
+        """What this rank differentiates of a task that is absent here alone, times a share of zero.
+
+        Raises:
+            ValueError: it must, and has nothing to.
+        """
+        return None
 
     def sum(self, values: Tensor) -> Tensor:
         """Over ranks, in place."""
@@ -202,11 +211,24 @@ class ShardedRanks(Ranks):
     def _agree_on_values(self) -> None:
         return
 
-    def _take_part(self, task: object) -> None:
+    def join(self, losses: TaskLosses) -> TaskLosses:
+        joined = super().join(losses)
+        if not joined.here:
+            raise ValueError(f"Every task ({', '.join(joined.tasks)}) is absent on every rank; skip the step instead.")
+        return joined
+
+    def _absent(self, losses: TaskLosses, task: int) -> Output:
+        if task in losses.stand_ins:
+            return losses.stand_ins[task].loss()
         raise ValueError(
-            f"Task {task!r} is absent on rank {self.rank} and present on another, and fully_shard wants every backward "
-            "pass on every rank. Pass a loss of 0 that reaches the same modules, (output * 0).sum() say."
+            f"Task {losses.tasks[task]!r} is absent on rank {self.rank} and present on another, and fully_shard wants "
+            "every backward pass on every rank. Pass gradsurgery.Absent(outputs) in its place, which takes part with a "
+            "gradient of zero."
         )
+
+    @property
+    def awaited(self) -> list[Tensor]:
+        return []
 
     def anywhere(self, flags: Sequence[bool]) -> list[bool]:
         return list(flags)

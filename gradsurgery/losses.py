@@ -1,15 +1,46 @@
 """Reading what a loop hands over: a sequence, mapping or vector of losses, some of which may be absent."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-Losses: TypeAlias = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 Output: TypeAlias = Tensor | GradientEdge
+
+
+class Absent:
+    """In the place of a loss that this batch can't have, where its outputs are there nonetheless.
+
+    As None, but for ranks under `torch.distributed.fsdp.fully_shard`: every one of them must then take part in every
+    backward pass, and one that lacks a task passes its outputs with a gradient of zero. The task's loss is the mean
+    over the ranks that have it.
+
+        losses = [criterion(out, y) if y is not None else Absent(out) for out, y in zip(model(x), labels)]
+
+    Args:
+        *outputs: what the loss would have been computed from, in any shape.
+
+    Raises:
+        TypeError: no outputs, or one that is no tensor.
+    """
+
+    def __init__(self, *outputs: Tensor):
+        if not outputs or not all(isinstance(output, Tensor) for output in outputs):
+            raise TypeError("Absent stands for a loss of some outputs: pass those, as tensors with their graph.")
+        self._outputs = outputs
+
+    def loss(self) -> Tensor:
+        """Zero (), with a graph through the outputs."""
+        with torch.enable_grad():
+            terms = [(output * 0).sum() for output in self._outputs]
+            return torch.stack([term.to(terms[0].dtype) for term in terms]).sum()
+
+
+Loss: TypeAlias = Tensor | Absent | None
+Losses: TypeAlias = Sequence[Loss] | Mapping[str, Loss] | Tensor
 
 
 @dataclass(frozen=True)
@@ -22,6 +53,7 @@ class TaskLosses:
         values: (T,) float64, detached, of the whole batch; NaN where a task is absent from it.
         share: (T,) float64, of this process's losses in those of the whole batch; None where it has the whole.
         elsewhere: positions of the tasks that only other processes have.
+        stand_ins: what was given for absent tasks, by position.
     """
 
     tasks: tuple[str, ...]
@@ -29,6 +61,7 @@ class TaskLosses:
     values: Tensor
     share: Tensor | None = None
     elsewhere: frozenset[int] = frozenset()
+    stand_ins: Mapping[int, Absent] = field(default_factory=dict)
 
     @property
     def here(self) -> list[int]:
@@ -47,7 +80,7 @@ def read_losses(
     """Checks losses and lines them up with the tasks known so far.
 
     Args:
-        losses: T scalars: a sequence or mapping (None, or a missing key, for an absent task), or a vector (T,).
+        losses: T scalars: a sequence or mapping (None, `Absent` or a missing key for an absent task), or a vector (T,).
         tasks: names from an earlier batch, or None at the first.
         graph: whether the losses are to be differentiated, and must have a graph.
         device: of the values, where every task may be absent; None: one must be there.
@@ -58,24 +91,28 @@ def read_losses(
             other than those known.
     """
     if isinstance(losses, Tensor):
-        given = _from_vector(losses, graph)
+        entries, given = {}, _from_vector(losses, graph)
     elif isinstance(losses, Mapping):
-        given = {str(name): _check(str(name), loss, graph) for name, loss in losses.items()}
-        if len(given) < len(losses):
+        entries = {str(name): loss for name, loss in losses.items()}
+        if len(entries) < len(losses):
             raise ValueError(f"Task names must differ as text; got {list(losses)}.")
+        given = {name: _check(name, loss, graph) for name, loss in entries.items()}
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
-        given = {str(t): _check(str(t), loss, graph) for t, loss in enumerate(losses)}
+        entries = {str(t): loss for t, loss in enumerate(losses)}
+        given = {name: _check(name, loss, graph) for name, loss in entries.items()}
     else:
         raise TypeError(f"losses must be a sequence, a mapping or a 1-D tensor of losses; got {type(losses).__name__}.")
     if not given:
         raise ValueError("No losses: pass one scalar loss a task.")
     known = tuple(given) if tasks is None else _match(given, tasks, by_name=isinstance(losses, Mapping))
     outputs = tuple(given.get(name) for name in known)
+    stand_ins = {t: entry for t, name in enumerate(known) if isinstance(entry := entries.get(name), Absent)}
     if device is not None and all(output is None for output in outputs):
-        return TaskLosses(known, outputs, torch.full((len(known),), torch.nan, dtype=torch.float64, device=device))
-    _check_devices(known, outputs)
-    values = losses.detach().double() if isinstance(losses, Tensor) else _values(outputs)
-    return TaskLosses(known, outputs, values)
+        values = torch.full((len(known),), torch.nan, dtype=torch.float64, device=device)
+    else:
+        _check_devices(known, outputs)
+        values = losses.detach().double() if isinstance(losses, Tensor) else _values(outputs)
+    return TaskLosses(known, outputs, values, stand_ins=stand_ins)
 
 
 def _from_vector(losses: Tensor, graph: bool) -> dict[str, Output]:
@@ -110,8 +147,8 @@ def accumulates(node: Node) -> bool:
     return node.name().endswith("AccumulateGrad")
 
 
-def _check(name: str, loss: Tensor | None, graph: bool) -> Tensor | None:
-    if loss is None:
+def _check(name: str, loss: Loss, graph: bool) -> Tensor | None:
+    if loss is None or isinstance(loss, Absent):
         return None
     if not isinstance(loss, Tensor):
         raise TypeError(f"The loss of task {name!r} is a {type(loss).__name__}; pass the tensor, with its graph.")

@@ -209,8 +209,8 @@ class MTLOptimizer(Optimizer):
         """Accumulates into ``.grad``, as ``loss.backward()`` does, the direction that the method makes of the losses.
 
         Args:
-            losses: one scalar a task, as a sequence, mapping or 1-D tensor; None, or a missing key, for a task that is
-                absent from this batch. The first call fixes the tasks.
+            losses: one scalar a task, as a sequence, mapping or 1-D tensor; None, a missing key or
+                `gradsurgery.Absent` for a task that is absent from this batch. The first call fixes the tasks.
             representation: what the tasks share of the forward pass, a tensor, or several in tuples, lists and mappings
                 as an architecture's ``representation(x)`` has them: surgery on gradients with respect to it, and one
                 backward of what lies below (see `gradsurgery.engines.Representation`).
@@ -247,7 +247,8 @@ class MTLOptimizer(Optimizer):
         else trains the model.
 
         Args:
-            losses: as in `backward`; unscaled, under AMP too: scale what is returned.
+            losses: as in `backward`; unscaled, under AMP too: scale what is returned. Under DDP, parameters of a task
+                that no rank has get a gradient of zero from the caller's backward, where `backward` leaves None.
             independent: as in `backward`.
 
         Returns:

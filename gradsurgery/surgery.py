@@ -140,7 +140,7 @@ class Surgery:
         ranks = self._team[1]
         # An ordinary backward is averaged over ranks by whoever wraps the model.
         factors = weights[0] if ranks is None or read.share is None else weights[0] * read.share * ranks.size
-        return weighted_sum(losses, read, factors, [] if ranks is None else ranks.params)
+        return weighted_sum(losses, read, factors, [] if ranks is None else ranks.awaited)
 
     def _solve(self, batches: Sequence[TaskLosses]) -> Tensor:
         """Weights (1, T) from gradients of shared parameters, which leave the graph as it was."""

@@ -700,6 +700,16 @@ def own_inputs() -> Net:
     return Tasks(wire, a=nn.Linear(4, 5), own=linears(5, 5, 5))
 
 
+def more_samples() -> Net:
+    """One task has samples besides those of all."""
+
+    def wire(m: Any, x: Tensor) -> list[Tensor]:
+        z, more = (m.b(m.a(one).tanh()).tanh() for one in (x, 2 * x.flip(1)))
+        return [mse(m.own[0](z), 3) + mse(m.own[0](more), -1), 2 * mse(m.own[1](z), -3), mse(m.own[2](z), 1)]
+
+    return Tasks(wire, a=nn.Linear(4, 5), b=nn.Linear(5, 5), own=linears(5, 5, 5))
+
+
 def physics() -> Net:
     """A PINN: one loss is made of derivatives of the network."""
 
@@ -741,6 +751,7 @@ add("losses of shape (1,)", vector(lambda losses: [loss[None] for loss in losses
 add("one reduction for all losses", one_reduction, normal(4))
 add("chunks of one output", chunks, normal(4))
 add("every task its own batch", own_inputs, normal(TASKS, 4))
+add("one task has more samples", more_samples, normal(4))
 add("derivatives in the loss", physics, normal(2))
 add("detached parts", detached, normal(4))
 

@@ -15,7 +15,7 @@ from torch.distributed._composable import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from gradsurgery import MTLOptimizer, compile_backward
+from gradsurgery import Absent, MTLOptimizer, compile_backward
 from gradsurgery.distributed import is_sharded
 from gradsurgery.engines import Representation, layout
 
@@ -53,6 +53,17 @@ def losses_of(outputs: dict[int, Tensor], y: Tensor) -> list[Tensor | None]:
     return [(outputs[t] - y[t]).square().mean() if t in outputs else None for t in range(3)]
 
 
+def losses_here(model: nn.Module, part: tuple[Tensor, Tensor], tasks: tuple[int, ...]) -> list[Tensor | None]:
+    return losses_of(model(part[0], tasks), part[1])
+
+
+def losses_standing_in(model: nn.Module, part: tuple[Tensor, Tensor], tasks: tuple[int, ...]) -> list[Tensor | Absent]:
+    """Every head runs, and some have no loss."""
+    outputs = model(part[0])
+    losses = losses_of(outputs, part[1])
+    return [loss if t in tasks else Absent(outputs[t]) for t, loss in enumerate(losses)]  # pyright: ignore
+
+
 # What each case adds to the plain run of a method: options of the optimizer, and how a step is taken.
 CASES: dict[str, dict[str, Any]] = {
     name: {"method": name}
@@ -80,6 +91,12 @@ CASES |= {
     "absent": {"method": "cagrad", "step": "absent"},
     "absent, columns": {"method": "graddrop", "step": "absent"},
     "absent, losses": {"method": "ew", "heads": "weighted", "step": "absent"},
+    "stand-ins": {"method": "cagrad", "step": "stand-ins"},
+    "stand-ins, columns": {"method": "graddrop", "step": "stand-ins"},
+    "stand-ins, losses": {"method": "ew", "heads": "weighted", "step": "stand-ins"},
+    "stand-ins, schedule": {"method": "nash_mtl", "update_every": 2, "step": "stand-ins"},
+    "stand-ins, representation": {"method": "cagrad", "engine": "representation", "step": "stand-ins"},
+    "stand-ins, combine": {"method": "upgrad", "step": "stand-ins somewhere", "call": "combine"},
     "absent, representation": {"method": "cagrad", "engine": "representation", "step": "absent"},
     "nothing here": {"method": "cagrad", "step": "nothing"},
     "nothing here, losses": {"method": "uw", "step": "nothing"},
@@ -122,6 +139,9 @@ OF_FOUR = [
 ABSENT: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "absent": lambda rank, step: (0, 1, 2) if step == 0 else (0, 2) if (rank + step) % 2 else (1, 2),
     "nothing": lambda rank, step: () if step and rank == 1 else (0, 1, 2),
+    "stand-ins somewhere": lambda rank, step: [(0, 1, 2), (0, 1 + rank % 2), (0, 2) if rank else (1, 2)][min(step, 2)],
+    # In the third step one is absent everywhere.
+    "stand-ins": lambda rank, step: [(0, 1, 2), (0, 1 + rank % 2), (1, 2), (0, 1) if rank else (0, 2), (0, 2)][step],
 }
 
 
@@ -150,18 +170,19 @@ def train(name: str, model: nn.Module, net: Net, opt: MTLOptimizer, world: int, 
     if kind == "hooked":
         net.trunk[0].weight.register_hook(lambda g: 2 * g)
 
-    def together(losses: list[list[Tensor | None]]) -> list[Tensor | None]:
+    def together(losses: list[list[Any]]) -> list[Any]:
         """Of each task, the mean over the ranks that have it."""
-        tasks = [[some for some in task if some is not None] for task in zip(*losses, strict=True)]
-        return [torch.stack(some).mean() if some else None for some in tasks]
+        tasks = [[some for some in task if isinstance(some, Tensor)] for task in zip(*losses, strict=True)]
+        return [torch.stack(some).mean() if some else first for some, first in zip(tasks, losses[0], strict=True)]
 
-    def forward(parts: list[tuple[Tensor, Tensor]], step: int) -> list[Tensor | None]:
+    def forward(parts: list[tuple[Tensor, Tensor]], step: int) -> list[Any]:
         if len(ranks) > 1 and kind not in ABSENT:
             x, y = (torch.cat(pieces, dim) for pieces, dim in zip(zip(*parts, strict=True), (0, 1), strict=True))
             return losses_of(model(x), y)
         there = ABSENT.get(kind, lambda rank, step: (0, 1, 2))
         call = model.module if kind == "past" and isinstance(model, DistributedDataParallel) else model
-        return together([losses_of(call(parts[r][0], there(r, step)), parts[r][1]) for r in ranks])
+        found = losses_standing_in if kind.startswith("stand-ins") else losses_here
+        return together([found(call, parts[r], there(r, step)) for r in ranks])
 
     for step in range(STEPS):
         opt.zero_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradsurgery import MTLOptimizer, aggregate, get_method, kernels, list_methods
+from gradsurgery import Absent, MTLOptimizer, aggregate, get_method, kernels, list_methods
 from gradsurgery.engines import layout
 from gradsurgery.kernels import flat as flat_kernels
 from gradsurgery.stats import Needs
@@ -190,7 +190,7 @@ def _named(name: str, keys: tuple[str, ...], others: Sequence[Sequence[Tensor | 
 
 
 @pytest.mark.parametrize("name", list_methods())
-@pytest.mark.parametrize("form", ["none", "missing key"])
+@pytest.mark.parametrize("form", ["none", "missing key", "stand-in"])
 def test_an_absent_task_drops_out_and_its_state_waits(name: str, form: str) -> None:
     model, x = Toy(), batch()
     opt = optimizer(model, name, seed=2)
@@ -200,7 +200,8 @@ def test_an_absent_task_drops_out_and_its_state_waits(name: str, form: str) -> N
     before = {k: v.clone() for k, v in opt._surgery.rule._state.items()}
     opt.zero_grad()
     partial = dict(zip(keys, model.losses(x), strict=True))
-    partial = {**partial, "b": None} if form == "none" else {k: v for k, v in partial.items() if k != "b"}
+    forms = {"none": {"b": None}, "stand-in": {"b": Absent(model(x)[1])}, "missing key": {}}
+    partial = {"a": partial["a"], **forms[form], "c": partial["c"]}
     others = samples(model, name, x).get("independent", ())
     info = opt.backward(partial, **_named(name, keys, [[a, None, c] for a, _, c in others]))
     assert info.weights is None if name in COLUMN_METHODS else info.weights[0, 1] == 0
@@ -216,6 +217,22 @@ def test_an_absent_task_drops_out_and_its_state_waits(name: str, form: str) -> N
     if info.gramian is not None:
         assert not info.gramian[0, 1].any()
         assert info.gramian[0, 0, 2] != 0
+
+
+def test_a_stand_in_is_no_loss() -> None:
+    model, x = Toy(), batch()
+    outputs = model(x)
+    zero = Absent(outputs[0], outputs[1]).loss()
+    zero.backward()
+    reached = [*model.trunk.parameters(), *model.heads[0].parameters(), *model.heads[1].parameters()]
+    assert zero.item() == 0 and not any(p.grad.any() for p in reached)
+    for wrong in ((), (1.0,), (outputs[0], None)):
+        with pytest.raises(TypeError, match="pass those, as tensors"):
+            Absent(*wrong)
+    with pytest.raises(TypeError):
+        Absent(outputs[0]) / 2
+    with pytest.raises(ValueError, match="Every task .* is absent"):
+        optimizer(model, "cagrad").backward([Absent(o) for o in outputs])
 
 
 @pytest.mark.parametrize("name", list_methods())

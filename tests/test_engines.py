@@ -782,6 +782,17 @@ def z_engine(reduce: str) -> Any:
     return "representation" if reduce == "none" else Representation(reduce="sum")
 
 
+def test_representation_where_one_task_has_more_samples() -> None:
+    """Its gradient enters the trunk in two places, one of which is parameters that lie below the other."""
+    case = ZOO["one task has more samples"]
+    net, inputs = case.make(), case.batch(6, 0)
+    J = rows(as_list(net(*inputs)), net.shared())
+    opt = MTLOptimizer(sgd(net), "upgrad", net.shared(), engine="representation")
+    info = opt.backward(net(*inputs))
+    assert info.engine == "representation"
+    assert_gradients(net.shared(), info.weights[0] @ J, J, case.tolerance)
+
+
 @pytest.mark.parametrize("engine", ["representation", "batched", "gramian"])
 def test_memory_for_what_enters_the_trunk_is_used_again(engine: Any) -> None:
     model, kept = Toy(), []

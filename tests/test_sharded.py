@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from gradsurgery import MTLOptimizer
+from gradsurgery import Absent, MTLOptimizer
 from gradsurgery.engines import Batched, Gramian
 from gradsurgery.losses import read_losses
 
@@ -27,14 +27,15 @@ NAMES = [
     *("excess_mtl", "seed of rank 0", "independent", "blocks", "two blocks", "schedule", "schedule, weighted"),
     *("weighted", "representation", "representation, weighted", "representation, summed", "measure_on", "accumulate"),
     *("accumulate, columns", "scaler", "clipped", "combine", "combine, losses", "combine, schedule", "cleared"),
-    "combine, representation",
+    *("combine, representation", "stand-ins", "stand-ins, columns", "stand-ins, losses", "stand-ins, schedule"),
+    *("stand-ins, representation", "stand-ins, combine"),
 ]
 # Under each kind of sharding; the first has all of them.
 KINDS = {
     "sharded": NAMES,
-    "kept": ["cagrad", "cleared", "graddrop", "representation", "schedule", "combine"],
-    "hybrid": ["cagrad", "nash_mtl", "graddrop", "moco", "uw", "representation", "blocks", "combine"],
-    "whole": ["cagrad", "uw"],
+    "kept": ["cagrad", "stand-ins", "cleared", "graddrop", "representation", "schedule", "combine"],
+    "hybrid": ["cagrad", "nash_mtl", "graddrop", "moco", "uw", "representation", "blocks", "combine", "stand-ins"],
+    "whole": ["cagrad", "uw", "stand-ins"],
     "replicated": ["cagrad", "graddrop", "uw", "representation", "combine"],
 }
 
@@ -101,9 +102,22 @@ def absent(rank: int, world: int) -> Any:
     return "refused: is absent on rank" if rank != 1 else "not refused"
 
 
+def nothing(rank: int, world: int) -> Any:
+    net = shard(Net(), "sharded", world)
+    opt = optimizer(net, net, {"method": "ew"})
+    outputs = net(parts_of(0, world)[rank][0])
+    opt.backward(losses_of(outputs, parts_of(0, world)[rank][1]))
+    try:
+        opt.backward([Absent(output) for output in outputs.values()])
+    except ValueError as error:
+        return f"refused: {error}"
+    return "not refused"
+
+
 REFUSALS: dict[str, tuple[Any, str]] = {
     "partly sharded": (partly, "outside of fully_shard"),
     "absent": (absent, "is absent on rank"),
+    "nothing": (nothing, "is absent on every rank"),
     "search": (
         lambda rank, world: step(shard(Net(), "sharded", world), rank, world, shared_params=None),
         "Pass shared_params",

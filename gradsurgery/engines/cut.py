@@ -243,7 +243,9 @@ class _Passing:
         wanted, k = set(edges), self._row[self.task_of(user)]
         for (target, nr), g in zip(user.next_functions, passed, strict=True):
             if target is not None and g is not None and (target, nr) in wanted:
-                self._stacks.add(k, (target, nr), g)
+                # Only past its hooks is what a node broadcast summed.
+                shape = target._input_metadata[nr].shape
+                self._stacks.add(k, (target, nr), g if g.shape == shape else g.sum_to_size(shape))
 
     @contextlib.contextmanager
     def watched(

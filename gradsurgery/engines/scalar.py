@@ -74,7 +74,7 @@ def weighted_sum(losses: Losses, read: TaskLosses, factors: Tensor, params: Sequ
     if isinstance(losses, Tensor):
         return (losses * factors.to(losses.dtype)).sum()
     terms = [o * factors[t].to(o.dtype) for t, o in enumerate(read.outputs) if isinstance(o, Tensor)]
-    terms += [(p * 0).sum() for p in (_unreached(read, params) if params else ())]
+    terms += [(p * 0).sum() for p in _unreached(read, params)]
     # One by one: they may be of several dtypes.
     total = terms[0].reshape(())
     for term in terms[1:]:
@@ -90,8 +90,13 @@ def _backward(
         return
     if native:
         # The wrapper divides by the number of ranks, and waits for every parameter of its own.
-        missing = _unreached(losses, ranks.params)
+        missing = _unreached(losses, ranks.awaited)
+        # All ranks know of a task that none has.
+        nowhere = _unreached_anywhere(missing, ranks) if len(losses.present) < len(losses.tasks) else []
+        untouched = [p for p in nowhere if p.grad is None]
         torch.autograd.backward([*outputs, *missing], [*seeds, *(torch.zeros_like(p) for p in missing)])  # pyright: ignore
+        for p in untouched:
+            p.grad = None
         return
     params = ranks.params
     found: Sequence[Tensor | None] = [None] * len(params)
@@ -127,7 +132,14 @@ def _seeds(losses: TaskLosses, weights: Tensor, grad_scale: Tensor | None) -> tu
 
 def _unreached(losses: TaskLosses, params: Sequence[Tensor]) -> list[Tensor]:
     """Parameters that the losses at hand do not reach, where some are absent."""
-    if len(losses.here) == len(losses.tasks):
+    if not params or len(losses.here) == len(losses.tasks):
         return []
     reached = {id(p) for p in survey(losses.outputs).leaves.values()}
     return [p for p in params if id(p) not in reached]
+
+
+def _unreached_anywhere(missing: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Those that no rank's losses reach."""
+    here = {id(p) for p in missing}
+    reached = ranks.anywhere([id(p) not in here for p in ranks.awaited])
+    return [p for p, seen in zip(ranks.awaited, reached, strict=True) if not seen]

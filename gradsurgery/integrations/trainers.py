@@ -65,5 +65,5 @@ def _divided(losses: Losses, n: int) -> Losses:
     if isinstance(losses, Tensor):
         return losses / n
     if isinstance(losses, Mapping):
-        return {name: None if loss is None else loss / n for name, loss in losses.items()}
-    return [None if loss is None else loss / n for loss in losses]
+        return {name: loss / n if isinstance(loss, Tensor) else loss for name, loss in losses.items()}
+    return [loss / n if isinstance(loss, Tensor) else loss for loss in losses]
