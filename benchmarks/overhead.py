@@ -32,7 +32,7 @@ import time
 import timeit
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,31 @@ def measure(
     return cell | {"operators": operators}
 
 
-def of_these(names: Sequence[str], model: str, tasks: int, args: argparse.Namespace) -> dict[str, Any]:
-    """`measure` of contenders by name."""
+def apart(names: Sequence[str], model: str, tasks: int, args: argparse.Namespace) -> dict[str, Any]:
+    """`measure` of contenders by name, in a process of its own.
+
+    Raises:
+        RuntimeError: that failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, names, model, tasks, args))
+    process.start()
+    # Else this process waits for itself where that one ends without a word.
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"The process of {model}, T={tasks} ended with {process.exitcode}.") from None
+    finally:
+        process.join()
+
+
+def _send(to: Connection, names: Sequence[str], model: str, tasks: int, args: argparse.Namespace) -> None:
     makers = contenders(compile=args.compiled, checkout=args.libmtl)
     wanted = {name: makers[name] for name in names}
-    return measure(model, tasks, args.method, wanted, args.rounds, args.seconds, torch.device(args.device))
+    to.send(measure(model, tasks, args.method, wanted, args.rounds, args.seconds, torch.device(args.device)))
 
 
 def ready(problem: Problem, method: str, makers: Mapping[str, Make]) -> tuple[dict[str, Step], dict[str, str]]:
@@ -258,8 +278,7 @@ def run(args: argparse.Namespace, name: str | None = None) -> dict[str, Any]:
                 continue
             wanted = [n for n in names if tasks <= MOST_FOR_TEN or n != "every 10"]
             start = time.monotonic()
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                cell = process.submit(of_these, wanted, model, tasks, args).result()
+            cell = apart(wanted, model, tasks, args)
             results.append(cell | {"commit": about["commit"]})
             if name:
                 write(name, content)

@@ -167,6 +167,8 @@ def test_a_cell_is_measured_in_a_process_of_its_own() -> None:
     (cell,) = overhead.run(args)["results"]
     assert cell["seconds"].keys() == {"plain", "floor", "sequential"}
     assert cell["operators"].keys() == {"floor", "sequential"}
+    with pytest.raises(RuntimeError, match="mlp64, T=2 ended with 1"):
+        overhead.apart(["nobody"], "mlp64", 2, args)
 
 
 def test_words_have_no_paths() -> None:
