@@ -32,6 +32,11 @@ class Absent:
             raise TypeError("Absent stands for a loss of some outputs: pass those, as tensors with their graph.")
         self._outputs = outputs
 
+    @property
+    def has_graph(self) -> bool:
+        """Whether there is anything to pass."""
+        return any(output.requires_grad for output in self._outputs)
+
     def loss(self) -> Tensor:
         """Zero (), with a graph through the outputs."""
         with torch.enable_grad():
@@ -148,6 +153,10 @@ def accumulates(node: Node) -> bool:
 
 
 def _check(name: str, loss: Loss, graph: bool) -> Tensor | None:
+    if isinstance(loss, Absent) and graph and not loss.has_graph:
+        raise ValueError(
+            f"The outputs that stand in for task {name!r} have no graph: pass Absent what the model returned."
+        )
     if loss is None or isinstance(loss, Absent):
         return None
     if not isinstance(loss, Tensor):

@@ -231,6 +231,8 @@ def test_a_stand_in_is_no_loss() -> None:
             Absent(*wrong)
     with pytest.raises(TypeError):
         Absent(outputs[0]) / 2
+    with pytest.raises(ValueError, match="stand in for task '1' have no graph"):
+        optimizer(model, "cagrad").backward([model.losses(x)[0], Absent(outputs[1].detach()), None])
     with pytest.raises(ValueError, match="Every task .* is absent"):
         optimizer(model, "cagrad").backward([Absent(o) for o in outputs])
 
