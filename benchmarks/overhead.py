@@ -57,7 +57,7 @@ PROFILED = ("floor", "sequential")
 SHOTS = 5
 # What is in no operator: Python, and memory that is asked for or given back.
 REST = "the rest"
-# Of a step of the floor: what an operator must take, or differ by, to be told.
+# Of a step of the floor: what an operator must differ by to be told.
 TOLD = 0.005
 
 
@@ -80,7 +80,7 @@ def measure(
         if round_ >= LEAST_ROUNDS - 1 and time.monotonic() - start > limit:
             break
     engines = {name: engine for name, step in steps.items() if (engine := step.engine())}
-    operators = {name: by_operator(steps[name]) for name in PROFILED if set(PROFILED) <= steps.keys()}
+    operators = {name: by_operator(steps[name]) for name in PROFILED} if set(PROFILED) <= steps.keys() else {}
     cell = {"model": model, "tasks": tasks, "seconds": seconds, "engines": engines, "declined": declined}
     return cell | {"operators": operators}
 
@@ -140,7 +140,7 @@ def timed(step: Step, number: int) -> float:
 
 
 def by_operator(step: Step) -> dict[str, float]:
-    """Seconds a step of each operator's own, the median of `SHOTS`, where they are `TOLD` of all or more."""
+    """Seconds a step of each operator's own, the median of `SHOTS`."""
     # Else each profile tells of itself.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     step.take()
@@ -155,8 +155,7 @@ def by_operator(step: Step) -> dict[str, float]:
             # An optimizer's range is no operator.
             key = REST if event.key.startswith("Optimizer.") else event.key
             shots[-1][key] += 1e-6 * (event.self_device_time_total if on_device else event.self_cpu_time_total)
-    medians = {key: statistics.median(shot[key] for shot in shots) for key in shots[0]}
-    return {key: seconds for key, seconds in medians.items() if seconds >= TOLD * sum(medians.values())}
+    return {key: statistics.median(shot[key] for shot in shots) for key in shots[0]}
 
 
 def summary(seconds: Mapping[str, list[float]], to: str) -> dict[str, tuple[float, float, float]]:

@@ -95,18 +95,17 @@ def read_losses(
         ValueError: no losses, a loss that is not scalar, not floating, without a graph or on another device, or tasks
             other than those known.
     """
-    if isinstance(losses, Tensor):
-        entries, given = {}, _from_vector(losses, graph)
-    elif isinstance(losses, Mapping):
+    entries: Mapping[str, Loss] = {}
+    if isinstance(losses, Mapping):
         entries = {str(name): loss for name, loss in losses.items()}
         if len(entries) < len(losses):
             raise ValueError(f"Task names must differ as text; got {list(losses)}.")
-        given = {name: _check(name, loss, graph) for name, loss in entries.items()}
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
         entries = {str(t): loss for t, loss in enumerate(losses)}
-        given = {name: _check(name, loss, graph) for name, loss in entries.items()}
-    else:
+    elif not isinstance(losses, Tensor):
         raise TypeError(f"losses must be a sequence, a mapping or a 1-D tensor of losses; got {type(losses).__name__}.")
+    checked = {name: _check(name, loss, graph) for name, loss in entries.items()}
+    given = _from_vector(losses, graph) if isinstance(losses, Tensor) else checked
     if not given:
         raise ValueError("No losses: pass one scalar loss a task.")
     known = tuple(given) if tasks is None else _match(given, tasks, by_name=isinstance(losses, Mapping))
@@ -153,11 +152,13 @@ def accumulates(node: Node) -> bool:
 
 
 def _check(name: str, loss: Loss, graph: bool) -> Tensor | None:
-    if isinstance(loss, Absent) and graph and not loss.has_graph:
-        raise ValueError(
-            f"The outputs that stand in for task {name!r} have no graph: pass Absent what the model returned."
-        )
-    if loss is None or isinstance(loss, Absent):
+    if loss is None:
+        return None
+    if isinstance(loss, Absent):
+        if graph and not loss.has_graph:
+            raise ValueError(
+                f"The outputs that stand in for task {name!r} have no graph: pass Absent what the model returned."
+            )
         return None
     if not isinstance(loss, Tensor):
         raise TypeError(f"The loss of task {name!r} is a {type(loss).__name__}; pass the tensor, with its graph.")

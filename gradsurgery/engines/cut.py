@@ -243,9 +243,7 @@ class _Passing:
         wanted, k = set(edges), self._row[self.task_of(user)]
         for (target, nr), g in zip(user.next_functions, passed, strict=True):
             if target is not None and g is not None and (target, nr) in wanted:
-                # Only past its hooks is what a node broadcast summed.
-                shape = target._input_metadata[nr].shape
-                self._stacks.add(k, (target, nr), g if g.shape == shape else g.sum_to_size(shape))
+                self._stacks.add(k, (target, nr), g)
 
     @contextlib.contextmanager
     def watched(
@@ -271,10 +269,21 @@ class _Passing:
 
 
 def _apply(node: Node, arriving: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """What a node passes on. A pass would have no graph of it, and so must this call."""
+    """What a node passes on. A pass has no graph of it, and fits it to where it goes; and so must this call."""
     with torch.no_grad():
         passed: Any = node(*arriving)  # pyright: ignore[reportCallIssue]
-    return passed if isinstance(passed, tuple) else (passed,)
+        passed = passed if isinstance(passed, tuple) else (passed,)
+        return tuple(_fit(g, *edge) for g, edge in zip(passed, node.next_functions, strict=True))
+
+
+def _fit(gradient: Tensor | None, target: Node | None, nr: int) -> Tensor | None:
+    """Summed where the node broadcast, and in the dtype of what it belongs to."""
+    if gradient is None or target is None:
+        return None
+    wanted = target._input_metadata[nr]
+    if gradient.shape != wanted.shape:
+        gradient = gradient.sum_to_size(wanted.shape)
+    return gradient.to(wanted.dtype)
 
 
 def _tainted(trunk: Graph, entries: Iterable[Edge]) -> set[Edge]:
